@@ -94,10 +94,13 @@ def random_pair(rng: random.Random) -> Scene:
     return Scene((first, second), rng.choice(tuple(RELATIONS)))
 
 
-def training_caption(scene: Scene, rng: random.Random) -> str:
-    """The caption of a training image; words for size and a photo template come and go for single things."""
+def training_caption(scene: Scene, rng: random.Random, stated_share: float = 1.0) -> str:
+    """The caption of a training image; words for size and a photo template come and go for single things.
+
+    `stated_share` of the captions of two things state their relation.
+    """
     if scene.relation:
-        return scene.caption
+        return scene.caption if rng.random() < stated_share else scene.unstated_caption
     (thing,) = scene.things
     if rng.random() < 0.5:
         thing = replace(thing, size=None)

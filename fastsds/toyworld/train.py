@@ -37,9 +37,13 @@ class TrainConfig:
     """Folder that receives `clip/` and `teacher/`."""
     parts: tuple[str, ...] = ("clip", "vae", "teacher")
     """What to train; `teacher` needs the VAE of an earlier run when `vae` is not named."""
-    clip_steps: int = 3200
+    clip_steps: int = 4000
     clip_batch: int = 64
     clip_lr: float = 1e-3
+    clip_single_share: float = 0.5
+    """Share of CLIP's training scenes that show one thing."""
+    clip_stated_share: float = 0.4
+    """Share of CLIP's captions of two things that state their relation, as few captions of photographs do."""
     vae_steps: int = 1400
     vae_batch: int = 32
     vae_lr: float = 2e-3
@@ -56,7 +60,7 @@ class TrainConfig:
     seed: int = 0
 
 
-def scenes(count: int, rng: random.Random, single_share: float = 0.25) -> list[Scene]:
+def scenes(count: int, rng: random.Random, single_share: float) -> list[Scene]:
     return [random_single(rng) if rng.random() < single_share else random_pair(rng) for _ in range(count)]
 
 
@@ -87,9 +91,9 @@ def train_clip(config: TrainConfig, folder: Path) -> None:
     loss_function = open_clip.ClipLoss()
 
     def loss() -> Tensor:
-        batch = scenes(config.clip_batch, rng)
+        batch = scenes(config.clip_batch, rng, config.clip_single_share)
         images = normalise(render(batch, rng.getrandbits(32)))
-        tokens = tokenizer([training_caption(scene, rng) for scene in batch])
+        tokens = tokenizer([training_caption(scene, rng, config.clip_stated_share) for scene in batch])
         return loss_function(*model(images, tokens))
 
     optimise(model.parameters(), loss, config.clip_steps, config.clip_lr, "CLIP", weight_decay=0.05)
@@ -112,7 +116,7 @@ def train_vae(config: TrainConfig, folder: Path) -> None:
     vae = AutoencoderKL(**models.VAE_CONFIG)
 
     def loss() -> Tensor:
-        images = render(scenes(config.vae_batch, rng), rng.getrandbits(32)) * 2 - 1
+        images = render(scenes(config.vae_batch, rng, 0.25), rng.getrandbits(32)) * 2 - 1
         posterior = vae.encode(images).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
         difference = reconstruction - images
@@ -120,7 +124,7 @@ def train_vae(config: TrainConfig, folder: Path) -> None:
 
     optimise(vae.parameters(), loss, config.vae_steps, config.vae_lr, "VAE")
     with torch.no_grad():
-        images = render(scenes(2000, rng), rng.getrandbits(32)) * 2 - 1
+        images = render(scenes(2000, rng, 0.25), rng.getrandbits(32)) * 2 - 1
         posterior = vae.encode(images).latent_dist
         vae.register_to_config(scaling_factor=1 / posterior.sample().std().item())
         error = (vae.decode(posterior.mode()).sample - images).square().mean()

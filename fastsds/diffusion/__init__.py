@@ -1,0 +1,9 @@
+"""The diffusion side: a noise schedule, a frozen teacher, the loss it gives and the score it gives."""
+
+from fastsds.diffusion.loss import SDSLoss
+from fastsds.diffusion.schedule import NoiseSchedule
+from fastsds.diffusion.score import DiffusionScorer
+from fastsds.diffusion.teacher import DiffusionTeacher, UnsupportedTeacher
+from fastsds.diffusion.timesteps import SeedStream
+
+__all__ = ["DiffusionScorer", "DiffusionTeacher", "NoiseSchedule", "SDSLoss", "SeedStream", "UnsupportedTeacher"]

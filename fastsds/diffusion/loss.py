@@ -1,0 +1,198 @@
+"""The score distillation loss of latents against a frozen teacher, in memory that does not grow with the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fastsds.diffusion.schedule import Weighting
+from fastsds.diffusion.teacher import DiffusionTeacher
+from fastsds.diffusion.timesteps import SeedStream
+from fastsds.ops import TimestepDraw, add_noise, sample_timesteps, sds_loss
+from fastsds.ops.sample_timesteps import Strategy
+from fastsds.ops.sds_loss import Jacobian
+
+Text = Sequence[str] | Float[Tensor, "batch tokens width"]
+
+
+class SDSLoss(nn.Module):
+    """`E_{t,eps} w(t) ‖eps_theta(alpha_t z + sigma_t eps, t, c) − eps‖²`, the mean over elements, draws and batch.
+
+    The latents are a cut in the graph: the teacher runs forward and backward on `teacher_batch` latents at a time
+    and leaves the gradient at the cut, so its memory does not depend on the batch, and the gradient is the one of a
+    single pass. Inside the cut gradients are of order one, so that a float16 teacher does not underflow.
+
+    Args:
+        teacher: the frozen diffusion model.
+        draws: noise draws per latent and call.
+        strategy: how timesteps are drawn; see `ops.sample_timesteps`.
+        weighting: w(t), by name or for every timestep; `uniform` is the paper's.
+        jacobian: `full` differentiates through the U-Net, `skip` hands the residual to the latents.
+        t_range: first timestep and the one after the last.
+        guidance_scale: `uncond + s (text - uncond)`; 1 means none and costs no second pass.
+        teacher_batch: latents per U-Net call (each `draws` times); all at once by default.
+        seed: of the stream from which every call takes its noise.
+    """
+
+    def __init__(
+        self,
+        teacher: DiffusionTeacher,
+        draws: int = 1,
+        strategy: Strategy = "uniform",
+        weighting: Weighting | Float[Tensor, "timesteps"] = "uniform",
+        jacobian: Jacobian = "full",
+        *,
+        t_range: tuple[int, int] | None = None,
+        guidance_scale: float = 1.0,
+        teacher_batch: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if draws < 1:
+            raise ValueError(f"draws: expected at least 1, got {draws}")
+        if teacher_batch is not None and teacher_batch < 1:
+            raise ValueError(f"teacher_batch: expected at least 1 or None, got {teacher_batch}")
+        self.teacher = teacher
+        self.draws = draws
+        self.strategy = strategy
+        self.weighting = weighting
+        self.jacobian = jacobian
+        self.t_range = t_range
+        self.guidance_scale = guidance_scale
+        self.teacher_batch = teacher_batch
+        self.seeds = SeedStream(seed)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "batch channels height width"],
+        text: Text,
+        *,
+        seed: Int[Tensor, ""] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The loss of `latents` under `text` (captions, or their conditioning from `teacher.encode_text`).
+
+        Args:
+            seed: replays a draw; a fresh one by default.
+
+        Returns:
+            A float32 scalar (float64 for float64 latents), differentiable once in `latents`.
+
+        Raises:
+            ValueError: latents of another size, another number of captions, or another device than the teacher's.
+        """
+        self._check(latents, text)
+        if seed is None:
+            seed = self.seeds.next(latents.device)
+        conditioning = text if isinstance(text, Tensor) else self.teacher.encode_text(text)
+        if self.guidance_scale == 1.0:
+            uncond = None
+        else:
+            uncond = self.teacher.encode_text([""]).expand(len(latents), -1, -1)
+        draw = sample_timesteps(
+            self.teacher.schedule, len(latents), self.draws, seed,
+            strategy=self.strategy, t_range=self.t_range, weighting=self.weighting,
+        )  # fmt: skip
+
+        def draw_losses(piece: Tensor, rows: slice) -> Tensor:
+            return self._draw_losses(
+                piece, conditioning[rows], None if uncond is None else uncond[rows], _rows(draw, rows), seed, rows.start
+            )
+
+        # One latent's gradient under `full` is about 1 / elements: inside the cut it is kept at about 1.
+        scale = latents[0].numel() if self.jacobian == "full" else 1
+        needs_gradient = torch.is_grad_enabled() and latents.requires_grad
+        return _CutLoss.apply(latents, draw_losses, self.teacher_batch or len(latents), float(scale), needs_gradient)
+
+    def _draw_losses(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        uncond: Tensor | None,
+        draw: TimestepDraw,
+        seed: Tensor,
+        batch_offset: int,
+    ) -> Float[Tensor, "batch draws"]:
+        differentiate = latents.requires_grad and self.jacobian == "full"
+        with torch.set_grad_enabled(differentiate):
+            noised = add_noise(
+                latents, draw.alpha_t, draw.sigma_t, seed, dtype=self.teacher.dtype, batch_offset=batch_offset
+            )
+            shape = noised.shape
+            inputs = noised.flatten(0, 1), draw.t.flatten(), text.repeat_interleave(self.draws, dim=0)
+            if uncond is None:
+                prediction, prediction_uncond = self.teacher.predict(*inputs).view(shape), None
+            else:
+                uncond = uncond.repeat_interleave(self.draws, dim=0)
+                both = self.teacher.predict(
+                    torch.cat([inputs[0]] * 2), torch.cat([inputs[1]] * 2), torch.cat([inputs[2], uncond])
+                )
+                prediction, prediction_uncond = (half.view(shape) for half in both.chunk(2))
+        return sds_loss(
+            prediction,
+            latents,
+            draw.alpha_t,
+            draw.sigma_t,
+            draw.weight,
+            seed,
+            prediction_type=self.teacher.schedule.prediction_type,
+            prediction_uncond=prediction_uncond,
+            guidance_scale=self.guidance_scale,
+            jacobian=self.jacobian,
+            batch_offset=batch_offset,
+        )
+
+    def _check(self, latents: Tensor, text: Text) -> None:
+        channels = self.teacher.latent_shape[0]
+        if latents.dim() != 4 or latents.shape[1] != channels or len(latents) == 0 or not latents.is_floating_point():
+            raise ValueError(
+                f"latents: expected floating point [batch, {channels}, height, width] as the teacher takes, batch at "
+                f"least 1, got {latents.dtype} {list(latents.shape)}"
+            )
+        if latents.device != self.teacher.device:
+            raise ValueError(
+                f"latents: expected on the teacher's device {self.teacher.device}, got {latents.device}; "
+                f"move one with .to()"
+            )
+        if len(text) != len(latents):
+            raise ValueError(f"text: expected one caption for each of {len(latents)} latents, got {len(text)}")
+
+
+def _rows(draw: TimestepDraw, rows: slice) -> TimestepDraw:
+    return TimestepDraw(*(value[rows] for value in draw))
+
+
+class _CutLoss(torch.autograd.Function):
+    """The mean of the draws' losses, computed piece by piece; the gradient at the latents is ready after forward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx,
+        latents: Tensor,
+        draw_losses: Callable[[Tensor, slice], Tensor],
+        piece_size: int,
+        scale: float,
+        needs_gradient: bool,
+    ) -> Tensor:
+        gradient = torch.empty_like(latents, dtype=torch.promote_types(latents.dtype, torch.float32))
+        losses = []
+        for start in range(0, len(latents), piece_size):
+            rows = slice(start, min(start + piece_size, len(latents)))
+            with torch.set_grad_enabled(needs_gradient):
+                piece = latents[rows].detach().to(gradient.dtype).requires_grad_(needs_gradient)
+                loss = draw_losses(piece, rows)
+                if needs_gradient:
+                    (gradient[rows],) = torch.autograd.grad(loss.sum() * scale, piece)
+            losses.append(loss.detach())
+        per_draw = torch.cat(losses)
+        if needs_gradient:
+            ctx.save_for_backward((gradient / (scale * per_draw.numel())).to(latents.dtype))
+        return per_draw.mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None, None

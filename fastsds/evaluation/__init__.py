@@ -1,0 +1,17 @@
+"""How composition and classification are measured; strict on ties throughout."""
+
+from fastsds.evaluation.similarity import encode_captions, encode_images
+from fastsds.evaluation.statistics import summarise, wilson_interval
+from fastsds.evaluation.winoground import WinogroundScores, winoground_scores, winoground_similarity
+from fastsds.evaluation.zeroshot import zero_shot_accuracy
+
+__all__ = [
+    "WinogroundScores",
+    "encode_captions",
+    "encode_images",
+    "summarise",
+    "wilson_interval",
+    "winoground_scores",
+    "winoground_similarity",
+    "zero_shot_accuracy",
+]

@@ -1,0 +1,35 @@
+"""CLIP's similarities, in float32, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+@torch.no_grad()
+def encode_images(
+    clip: nn.Module, images: Float[Tensor, "images 3 height width"], batch_size: int = 256
+) -> Float[Tensor, "images width"]:
+    """Unit-length image embeddings, float32."""
+    device = next(clip.parameters()).device
+    pieces = [clip.encode_image(piece.to(device), normalize=True).float() for piece in images.split(batch_size)]  # type: ignore[operator]
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def encode_captions(
+    clip: nn.Module, tokenizer: Tokenizer, captions: Sequence[str], batch_size: int = 256
+) -> Float[Tensor, "captions width"]:
+    """Unit-length caption embeddings, float32; a caption that comes twice is encoded once."""
+    device = next(clip.parameters()).device
+    distinct = list(dict.fromkeys(captions))
+    tokens = tokenizer(distinct)
+    pieces = [clip.encode_text(piece.to(device), normalize=True).float() for piece in tokens.split(batch_size)]  # type: ignore[operator]
+    embeddings = torch.cat(pieces)
+    position = {caption: row for row, caption in enumerate(distinct)}
+    return embeddings[[position[caption] for caption in captions]]

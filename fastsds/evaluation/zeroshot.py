@@ -1,0 +1,44 @@
+"""Zero-shot classification: an image is the class whose prompts it is most similar to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
+
+
+def zero_shot_accuracy(
+    clip: nn.Module,
+    tokenizer: Tokenizer,
+    images: Float[Tensor, "images 3 height width"],
+    labels: Int[Tensor, "images"],
+    classnames: Sequence[str],
+    templates: Sequence[str] = ("a photo of {}",),
+) -> float:
+    """Share of images whose class is the single most similar one, in [0, 1]; a tie is wrong.
+
+    A class is the normalised mean of its prompts' embeddings, `{}` standing for the class name.
+
+    Raises:
+        ValueError: a template without `{}`, or labels that are not positions in `classnames`.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"templates: expected each to hold {{}} for the class name, got {template!r}")
+    if len(labels) != len(images) or not bool(((labels >= 0) & (labels < len(classnames))).all()):
+        raise ValueError(
+            f"labels: expected {len(images)} positions below {len(classnames)}, got {len(labels)} "
+            f"from {int(labels.min())} to {int(labels.max())}"
+        )
+    prompts = [template.format(name) for name in classnames for template in templates]
+    features = encode_captions(clip, tokenizer, prompts).unflatten(0, (len(classnames), len(templates)))
+    classifier = F.normalize(features.mean(dim=1), dim=-1)
+    logits = encode_images(clip, images) @ classifier.T
+    rows = torch.arange(len(labels), device=logits.device)
+    own = logits[rows, labels.to(logits.device)].unsqueeze(1)
+    return ((logits >= own).sum(dim=1) == 1).double().mean().item()

@@ -1,0 +1,271 @@
+"""SDS-CLIP: `L = L_CLIP + lambda L_SDS` as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fastsds.clip.tuning import set_tuned
+from fastsds.diffusion.loss import SDSLoss, Text
+from fastsds.diffusion.schedule import Weighting
+from fastsds.diffusion.score import DiffusionScorer
+from fastsds.diffusion.teacher import DiffusionTeacher
+from fastsds.diffusion.timesteps import SeedStream
+from fastsds.ops.sample_timesteps import Strategy
+from fastsds.ops.sds_loss import Jacobian
+from fastsds.sdsclip.projector import LatentProjector
+from fastsds.sdsclip.ranking import hard_targets, ranking_loss, soft_targets
+
+SDSOn = Literal["image", "text", "both"]
+
+
+class DistillOutput(NamedTuple):
+    """Scalars of one step; `loss` is what to differentiate, the others are unweighted parts of it."""
+
+    loss: Float[Tensor, ""]
+    contrastive: Float[Tensor, ""]
+    sds: Float[Tensor, ""]
+    """0 where `sds_weight` is 0."""
+    ranking: Float[Tensor, ""]
+    """0 where `ranking_weight` is 0."""
+
+
+class SDSDistiller(nn.Module):
+    """Distils a frozen text-to-image diffusion model into CLIP.
+
+    The teacher judges CLIP's image embedding, mapped into its latent space by a linear projector, under the image's
+    caption; its gradient tunes CLIP's LayerNorms and the projector beside the contrastive loss. `sds_weight=0` and
+    `ranking_weight=0` is the contrastive-only control, and needs no teacher.
+
+    Args:
+        clip: an open_clip `CLIP` or `CustomTextCLIP`. Parameters that are not tuned are frozen in place.
+        teacher: the diffusion model, or None without the losses that ask it.
+        sds_weight: lambda (*secondary*: 1e-3).
+        tune: `layernorm` (*stated*), `projector`, `all` or a regular expression over CLIP's parameter names.
+        teacher_batch: latents per U-Net call; the gradient does not depend on it, the memory does.
+        sds_on: the embeddings that are judged: the image's (*stated*), the caption's through the same projector
+            (ours), or both.
+        draws, strategy, weighting, jacobian, t_range, guidance_scale: of the `SDSLoss`.
+        normalize: whether the projector sees the unit-length embedding (*reading*).
+        ranking_weight: of teacher ranking (ours, off by default), or of its labelled control.
+        ranking_temperature: of the teacher's scores.
+        scorer: gives the scores of candidates during training, with fresh noise at every step; not needed where
+            the batches carry scores or labels.
+        seed: of the noise.
+
+    Raises:
+        ValueError: an option outside its range, or a loss that needs a teacher without one.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        teacher: DiffusionTeacher | None,
+        sds_weight: float = 1e-3,
+        tune: str = "layernorm",
+        teacher_batch: int | None = None,
+        *,
+        sds_on: SDSOn = "image",
+        draws: int = 1,
+        strategy: Strategy = "uniform",
+        weighting: Weighting | Float[Tensor, "timesteps"] = "uniform",
+        jacobian: Jacobian = "full",
+        t_range: tuple[int, int] | None = None,
+        guidance_scale: float = 1.0,
+        normalize: bool = True,
+        ranking_weight: float = 0.0,
+        ranking_temperature: float = 0.005,
+        scorer: DiffusionScorer | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if sds_on not in get_args(SDSOn):
+            raise ValueError(f"sds_on: expected one of {get_args(SDSOn)}, got {sds_on!r}")
+        for name, value in (("sds_weight", sds_weight), ("ranking_weight", ranking_weight)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if not ranking_temperature > 0:
+            raise ValueError(f"ranking_temperature: expected a number > 0, got {ranking_temperature}")
+        if teacher is None and sds_weight:
+            raise ValueError(f"teacher: expected a DiffusionTeacher, because sds_weight is {sds_weight}, got None")
+        self.clip = clip
+        self.tuned = set_tuned(clip, tune)
+        self.sds_weight = sds_weight
+        self.sds_on = sds_on
+        self.normalize = normalize
+        self.ranking_weight = ranking_weight
+        self.ranking_temperature = ranking_temperature
+        self.scorer = scorer
+        self.seeds = SeedStream(seed)
+        self.sds_loss: SDSLoss | None = None
+        self.projector: LatentProjector | None = None
+        if teacher is not None and sds_weight:
+            self.sds_loss = SDSLoss(
+                teacher, draws, strategy, weighting, jacobian,
+                t_range=t_range, guidance_scale=guidance_scale, teacher_batch=teacher_batch,
+            )  # fmt: skip
+            self.projector = LatentProjector(_embed_dim(clip), teacher.latent_shape)
+            self.projector.to(next(clip.parameters()).device)
+
+    @property
+    def teacher(self) -> DiffusionTeacher | None:
+        return None if self.sds_loss is None else self.sds_loss.teacher
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What is tuned, by its name in this module: CLIP's selected parameters and the projector's."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and not name.startswith("sds_loss.")
+        }
+
+    def train(self, mode: bool = True) -> SDSDistiller:
+        """Batch norms whose parameters are frozen keep their statistics."""
+        super().train(mode)
+        for module in self.clip.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                tuned = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+                module.train(mode and tuned)
+        return self
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        tokens: Int[Tensor, "batch context"],
+        captions: Text,
+        *,
+        candidate_tokens: Int[Tensor, "batch candidates context"] | None = None,
+        candidate_scores: Float[Tensor, "batch candidates"] | None = None,
+        candidate_labels: Int[Tensor, "batch"] | None = None,
+        candidate_captions: Sequence[Sequence[str]] | None = None,
+        latents: Float[Tensor, "batch channels latent_height latent_width"] | None = None,
+    ) -> DistillOutput:
+        """One step's losses.
+
+        Args:
+            images, tokens: a batch of pairs, preprocessed and tokenized for the CLIP model.
+            captions: the same captions for the teacher, as strings or as its text conditioning.
+            candidate_tokens: for ranking: candidate captions of each image.
+            candidate_scores: the teacher's diffusion scores of the candidates, lower is better.
+            candidate_labels: in place of scores, the position of the right candidate: the labelled control.
+            candidate_captions, latents: in place of scores, what the `scorer` needs to compute them now: the
+                candidates as strings and the VAE latents of the images.
+
+        Raises:
+            ValueError: a batch of images, tokens or captions of unequal length or another size than the model
+                takes, or ranking without what it needs.
+        """
+        self._check(images, tokens, captions)
+        image_embedding = self.clip.encode_image(images)  # type: ignore[operator]
+        text_embedding = self.clip.encode_text(tokens)  # type: ignore[operator]
+        image_features, text_features = F.normalize(image_embedding, dim=-1), F.normalize(text_embedding, dim=-1)
+        logit_scale = self.clip.logit_scale.exp()  # type: ignore[operator]
+        contrastive = _contrastive_loss()(image_features, text_features, logit_scale)
+        zero = contrastive.new_zeros(())
+        sds = zero
+        if self.sds_loss is not None:
+            embeddings = {
+                "image": image_features if self.normalize else image_embedding,
+                "text": text_features if self.normalize else text_embedding,
+            }
+            seed = self.seeds.next(images.device)
+            judged = ("image", "text") if self.sds_on == "both" else (self.sds_on,)
+            sds = sum((self._judge(embeddings[side], captions, seed) for side in judged), zero) / len(judged)
+        ranking = zero
+        if self.ranking_weight:
+            if candidate_tokens is None:
+                raise ValueError("candidate_tokens: expected in every batch, because ranking_weight is above 0, got None")
+            batch, candidates = candidate_tokens.shape[:2]
+            features = self.clip.encode_text(candidate_tokens.flatten(0, 1), normalize=True)  # type: ignore[operator]
+            targets = self._targets(candidates, candidate_scores, candidate_labels, candidate_captions, latents)
+            ranking = ranking_loss(image_features, features.view(batch, candidates, -1), logit_scale, targets)
+        loss = contrastive + self.sds_weight * sds + self.ranking_weight * ranking
+        return DistillOutput(loss, contrastive, sds, ranking)
+
+    @torch.no_grad()
+    def fit_projector(
+        self, batches: Iterable[tuple[Float[Tensor, "batch 3 height width"], Tensor]], ridge: float = 1e-3
+    ) -> float:
+        """Starts the projector as the ridge regression from image embeddings to VAE latents.
+
+        Args:
+            batches: images as `forward` takes them, each with the VAE latents of the same images.
+
+        Returns:
+            The share of the latents' variance explained.
+        """
+        if self.projector is None:
+            raise ValueError("sds_weight: the projector exists only where it is above 0")
+
+        def pairs() -> Iterable[tuple[Tensor, Tensor]]:
+            for images, latents in batches:
+                yield self.clip.encode_image(images, normalize=self.normalize), latents  # type: ignore[operator]
+
+        return self.projector.fit_ridge(pairs(), ridge)
+
+    def _judge(self, embedding: Tensor, captions: Text, seed: Tensor) -> Tensor:
+        assert self.sds_loss is not None and self.projector is not None
+        latents = self.projector(embedding)
+        return self.sds_loss(latents.float() if latents.dtype != torch.float64 else latents, captions, seed=seed)
+
+    def _targets(
+        self,
+        candidates: int,
+        scores: Tensor | None,
+        labels: Tensor | None,
+        captions: Sequence[Sequence[str]] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        if (scores is not None) + (labels is not None) + (captions is not None) != 1:
+            raise ValueError(
+                "candidate_scores: ranking needs just one of candidate_scores (of the teacher), candidate_labels (the "
+                "labelled control) and candidate_captions with latents (scored now)"
+            )
+        if labels is not None:
+            return hard_targets(labels, candidates)
+        if captions is not None:
+            if self.scorer is None or latents is None:
+                raise ValueError("candidate_captions: scoring them now needs latents in the batch and a scorer")
+            scores = self.scorer.score_latents(latents, captions, seed=self.seeds.next(latents.device))
+        assert scores is not None
+        return soft_targets(scores, self.ranking_temperature)
+
+    def _check(self, images: Tensor, tokens: Tensor, captions: Text) -> None:
+        size = self.clip.visual.image_size  # type: ignore[union-attr]
+        height, width = size if isinstance(size, Sequence) else (size, size)
+        if list(images.shape[1:]) != [3, height, width] or not images.is_floating_point():
+            raise ValueError(
+                f"images: expected floating point [batch, 3, {height}, {width}] as the CLIP model takes, "
+                f"got {images.dtype} {list(images.shape)}; apply its preprocessing"
+            )
+        device = next(self.clip.parameters()).device
+        if images.device != device or tokens.device != device:
+            raise ValueError(
+                f"images, tokens: expected on the CLIP model's device {device}, got {images.device} and {tokens.device}"
+            )
+        if not len(images) == len(tokens) == len(captions):
+            raise ValueError(
+                f"captions: expected one per image, got {len(images)} images, {len(tokens)} token rows and "
+                f"{len(captions)} captions"
+            )
+
+
+def _embed_dim(clip: Any) -> int:
+    """Width of the joint embedding, whatever the towers are made of."""
+    tokens = torch.zeros(1, clip.context_length, dtype=torch.int64, device=next(clip.parameters()).device)
+    with torch.no_grad():
+        return clip.encode_text(tokens).shape[-1]
+
+
+def _contrastive_loss() -> Any:
+    from open_clip import ClipLoss
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return ClipLoss()
+    return ClipLoss(local_loss=True, gather_with_grad=True, rank=dist.get_rank(), world_size=dist.get_world_size())
