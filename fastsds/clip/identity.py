@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 
-class ModelMismatch(ValueError):
+class ModelMismatchError(ValueError):
     """Tensors tuned on one model are loaded into another; the message names the difference."""
 
 
@@ -50,7 +50,7 @@ class ClipIdentity:
         """Compares with an identity read from a checkpoint.
 
         Raises:
-            ModelMismatch: a fact differs; the message names it, both values and what to do.
+            ModelMismatchError: a fact differs; the message names it, both values and what to do.
         """
         for name, value in self.to_json().items():
             if recorded.get(name) == value:
@@ -60,7 +60,7 @@ class ClipIdentity:
                 if name == "activation"
                 else "load it into the model that it was trained on"
             )
-            raise ModelMismatch(
+            raise ModelMismatchError(
                 f"checkpoint: {name} was {recorded.get(name)!r} when it was written and is {value!r} in this model; "
                 f"{advice}"
             )

@@ -35,7 +35,9 @@ def select_parameters(model: nn.Module, tune: str) -> dict[str, nn.Parameter]:
         try:
             pattern = re.compile(tune)
         except re.error as error:
-            raise ValueError(f"tune: expected layernorm, projector, all or a regular expression, got {tune!r}: {error}")
+            raise ValueError(
+                f"tune: expected layernorm, projector, all or a regular expression, got {tune!r}: {error}"
+            ) from error
         wanted = {name for name in named if pattern.search(name)}
     if not wanted:
         examples = ", ".join(list(named)[:3])

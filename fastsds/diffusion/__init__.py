@@ -3,7 +3,7 @@
 from fastsds.diffusion.loss import SDSLoss
 from fastsds.diffusion.schedule import NoiseSchedule
 from fastsds.diffusion.score import DiffusionScorer
-from fastsds.diffusion.teacher import DiffusionTeacher, UnsupportedTeacher
+from fastsds.diffusion.teacher import DiffusionTeacher, UnsupportedTeacherError
 from fastsds.diffusion.timesteps import SeedStream
 
-__all__ = ["DiffusionScorer", "DiffusionTeacher", "NoiseSchedule", "SDSLoss", "SeedStream", "UnsupportedTeacher"]
+__all__ = ["DiffusionScorer", "DiffusionTeacher", "NoiseSchedule", "SDSLoss", "SeedStream", "UnsupportedTeacherError"]

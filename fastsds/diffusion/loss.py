@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -91,14 +93,23 @@ class SDSLoss(nn.Module):
             uncond = None
         else:
             uncond = self.teacher.encode_text([""]).expand(len(latents), -1, -1)
+        # Processes share the seed and take their rows of one global batch: as if one process had drawn it.
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        first = rank * len(latents)
         draw = sample_timesteps(
-            self.teacher.schedule, len(latents), self.draws, seed,
+            self.teacher.schedule, processes * len(latents), self.draws, seed,
             strategy=self.strategy, t_range=self.t_range, weighting=self.weighting,
         )  # fmt: skip
+        draw = _rows(draw, slice(first, first + len(latents)))
 
         def draw_losses(piece: Tensor, rows: slice) -> Tensor:
             return self._draw_losses(
-                piece, conditioning[rows], None if uncond is None else uncond[rows], _rows(draw, rows), seed, rows.start
+                piece,
+                conditioning[rows],
+                None if uncond is None else uncond[rows],
+                _rows(draw, rows),
+                seed,
+                first + rows.start,
             )
 
         # One latent's gradient under `full` is about 1 / elements: inside the cut it is kept at about 1.
@@ -169,7 +180,7 @@ class _CutLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx,
+        ctx: Any,
         latents: Tensor,
         draw_losses: Callable[[Tensor, slice], Tensor],
         piece_size: int,
@@ -193,6 +204,6 @@ class _CutLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None, None

@@ -18,7 +18,7 @@ SUPPORTED = "Stable Diffusion 1.x and 2.x text-to-image pipelines (StableDiffusi
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 
 
-class UnsupportedTeacher(ValueError):
+class UnsupportedTeacherError(ValueError):
     """A diffusion model that the library cannot use as a teacher; the message names it and what is supported."""
 
 
@@ -35,7 +35,7 @@ class DiffusionTeacher(nn.Module):
         text_cache_size: captions whose conditioning is kept on the device (least recently used are dropped).
 
     Raises:
-        UnsupportedTeacher: a network that needs more than latents, timesteps and text.
+        UnsupportedTeacherError: a network that needs more than latents, timesteps and text.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DiffusionTeacher(nn.Module):
         The convolutions become channels-last on a GPU, where that is the faster layout.
 
         Raises:
-            UnsupportedTeacher: SDXL, SD3, a ControlNet, inpainting, …: named, with what is supported.
+            UnsupportedTeacherError: SDXL, SD3, a ControlNet, inpainting, …: named, with what is supported.
             FileNotFoundError: a folder without a `model_index.json`.
         """
         import diffusers
@@ -82,7 +82,7 @@ class DiffusionTeacher(nn.Module):
         index = diffusers.DiffusionPipeline.load_config(str(source))
         pipeline = index.get("_class_name")
         if pipeline not in _PIPELINES:
-            raise UnsupportedTeacher(f"source: {source} is a {pipeline}; supported are {SUPPORTED}")
+            raise UnsupportedTeacherError(f"source: {source} is a {pipeline}; supported are {SUPPORTED}")
         weights = {"torch_dtype": dtype, "use_safetensors": True}
         text_weights = {"dtype": dtype, "use_safetensors": True}
         scheduler_class = getattr(diffusers, index["scheduler"][1])
@@ -201,19 +201,19 @@ class DiffusionTeacher(nn.Module):
 def _refuse_unsupported_unet(unet: Any, vae: Any) -> None:
     name = type(unet).__name__
     if name != "UNet2DConditionModel":
-        raise UnsupportedTeacher(f"unet: got a {name}; supported are {SUPPORTED}")
+        raise UnsupportedTeacherError(f"unet: got a {name}; supported are {SUPPORTED}")
     config = unet.config
     if config.addition_embed_type or config.class_embed_type or config.num_class_embeds:
-        raise UnsupportedTeacher(
+        raise UnsupportedTeacherError(
             f"unet: it wants conditions beside the text (addition_embed_type={config.addition_embed_type!r}, as in "
             f"SDXL); supported are {SUPPORTED}"
         )
     if config.in_channels != config.out_channels:
-        raise UnsupportedTeacher(
+        raise UnsupportedTeacherError(
             f"unet: it takes {config.in_channels} channels and predicts {config.out_channels} (an inpainting, "
             f"depth or variance-predicting model); supported are {SUPPORTED}"
         )
     if vae is not None and vae.config.latent_channels != config.in_channels:
-        raise UnsupportedTeacher(
+        raise UnsupportedTeacherError(
             f"vae: expected {config.in_channels} latent channels, as the U-Net takes, got {vae.config.latent_channels}"
         )

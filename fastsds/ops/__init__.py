@@ -1,12 +1,12 @@
 """The fused ops, registered as `torch.ops.fastsds.*`: one file per op, with its contract and its definition."""
 
-from fastsds.ops._dispatch import BackendUnavailable
+from fastsds.ops._dispatch import BackendUnavailableError
 from fastsds.ops.add_noise import add_noise
 from fastsds.ops.sample_timesteps import TimestepDraw, sample_timesteps
 from fastsds.ops.sds_loss import guidance_scale_from_offset, sds_loss
 
 __all__ = [
-    "BackendUnavailable",
+    "BackendUnavailableError",
     "TimestepDraw",
     "add_noise",
     "guidance_scale_from_offset",

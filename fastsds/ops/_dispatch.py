@@ -14,7 +14,7 @@ BACKENDS = ("cuda", "triton", "cpp", "reference")  # in order of preference
 ENVIRONMENT_VARIABLE = "FASTSDS_BACKEND"
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailableError(RuntimeError):
     """A backend cannot serve an op; the message says why."""
 
 
@@ -60,8 +60,8 @@ def register_backend(
 ) -> None:
     """Offers `load()` as the implementation of an op on some device types.
 
-    `load` is called when the op is first needed there; it raises `BackendUnavailable` with the cause where it cannot
-    serve.
+    `load` is called when the op is needed there; where it cannot serve it raises `BackendUnavailableError` with the
+    cause.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -77,7 +77,7 @@ def choose(name: str, device_type: str) -> Choice:
     """The backend that serves `name` on `device_type` now.
 
     Raises:
-        BackendUnavailable: `FASTSDS_BACKEND` forces a backend that cannot serve.
+        BackendUnavailableError: `FASTSDS_BACKEND` forces a backend that cannot serve.
     """
     backends = _registry[name]
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -90,7 +90,7 @@ def choose(name: str, device_type: str) -> Choice:
             continue
         try:
             return Choice(backend, f"first choice for {device_type} tensors", load())
-        except BackendUnavailable as error:
+        except BackendUnavailableError as error:
             unavailable.append(f"{backend}: {error}")
     reason = "; ".join(unavailable) or f"no kernel for {device_type} tensors"
     return Choice("reference", reason, backends["reference"][1]())
@@ -99,10 +99,10 @@ def choose(name: str, device_type: str) -> Choice:
 def _forced_choice(name: str, device_type: str, forced: str) -> Choice:
     backends = _registry[name]
     if forced not in BACKENDS:
-        raise BackendUnavailable(f"{ENVIRONMENT_VARIABLE}: expected one of {BACKENDS}, got {forced!r}")
+        raise BackendUnavailableError(f"{ENVIRONMENT_VARIABLE}: expected one of {BACKENDS}, got {forced!r}")
     serving = [known for known, (types, _) in backends.items() if known == "reference" or device_type in types]
     if forced not in serving:
-        raise BackendUnavailable(
+        raise BackendUnavailableError(
             f"{ENVIRONMENT_VARIABLE}={forced} cannot serve fastsds::{name} on {device_type} tensors; "
             f"available there: {', '.join(serving)}. Unset it to let the library choose."
         )

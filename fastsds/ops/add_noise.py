@@ -57,9 +57,7 @@ def _empty(
     """The result, not filled: the memory format of `latents`, with batch and draws merged."""
     batch, draws = alpha_t.shape
     channels_last = (
-        latents.dim() == 4
-        and latents.is_contiguous(memory_format=torch.channels_last)
-        and not latents.is_contiguous()
+        latents.dim() == 4 and latents.is_contiguous(memory_format=torch.channels_last) and not latents.is_contiguous()
     )
     merged = torch.empty(
         (batch * draws, *latents.shape[1:]),

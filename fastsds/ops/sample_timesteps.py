@@ -71,8 +71,10 @@ def sample_timesteps(
     t_min, t_max = (0, len(schedule.alpha)) if t_range is None else t_range
     torch._check(
         isinstance(t_min, int) and isinstance(t_max, int),
-        lambda: f"t_range: expected two timesteps (int, int), got {t_range!r}; a share of a schedule of "
-        f"{len(schedule.alpha)} timesteps must be multiplied out",
+        lambda: (
+            f"t_range: expected two timesteps (int, int), got {t_range!r}; a share of a schedule of "
+            f"{len(schedule.alpha)} timesteps must be multiplied out"
+        ),
     )
     return TimestepDraw(
         *torch.ops.fastsds.sample_timesteps(
@@ -114,8 +116,10 @@ def _check(
     )
     torch._check(
         (strategy == "importance") == (cdf is not None),
-        lambda: f"cdf: expected {'a tensor' if strategy == 'importance' else 'None'} for strategy={strategy!r}, "
-        f"got {'None' if cdf is None else 'a tensor'}",
+        lambda: (
+            f"cdf: expected {'a tensor' if strategy == 'importance' else 'None'} for strategy={strategy!r}, "
+            f"got {'None' if cdf is None else 'a tensor'}"
+        ),
     )
 
 

@@ -131,7 +131,7 @@ def _residual(
     guidance_scale: float,
     batch_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`eps_hat - eps` and its derivatives in the guided prediction and in the latents, all but the first scalars per draw."""
+    """`eps_hat - eps`, and its slopes in the guided prediction and in the latents: one number per draw each."""
     dtype = _checks.compute_dtype(latents)
     guided = prediction.to(dtype)
     if prediction_uncond is not None:
@@ -210,7 +210,9 @@ def reference_backward(
     """
     arguments = (alpha_t, sigma_t, seed, prediction_type, prediction_uncond, guidance_scale, batch_offset)
     residual, slope, slope_latents = _residual(prediction, latents, *arguments)
-    gradients = _empty_backward(grad, prediction, latents, prediction_uncond, guidance_scale, jacobian, batch_offset, needs)
+    gradients = _empty_backward(
+        grad, prediction, latents, prediction_uncond, guidance_scale, jacobian, batch_offset, needs
+    )
     scaled = _checks.per_latent(grad.to(residual.dtype) * weight, latents) * residual
     if jacobian == "skip":
         nothing = torch.zeros_like(scaled)
@@ -264,9 +266,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     gradients = torch.ops.fastsds.sds_loss_backward(
         grad, *tensors, prediction_type, prediction_uncond, guidance_scale, jacobian, batch_offset, needs
     )
-    prediction, latents, uncond = (
-        gradient if need else None for gradient, need in zip(gradients, needs, strict=True)
-    )
+    prediction, latents, uncond = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return prediction, latents, *(None,) * 5, uncond, *(None,) * 3
 
 

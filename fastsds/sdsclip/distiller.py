@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fastsds.clip.identity import ClipIdentity, ModelMismatchError
 from fastsds.clip.tuning import set_tuned
 from fastsds.diffusion.loss import SDSLoss, Text
 from fastsds.diffusion.schedule import Weighting
@@ -125,6 +126,23 @@ class SDSDistiller(nn.Module):
             if parameter.requires_grad and not name.startswith("sds_loss.")
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this distiller belongs to, as JSON."""
+        return {"clip": ClipIdentity.of(self.clip).to_json(), "tuned": sorted(self.tuned)}
+
+    def require_identity(self, recorded: dict[str, Any]) -> None:
+        """Raises `ModelMismatchError` where a checkpoint belongs to another model or tunes something else."""
+        ClipIdentity.of(self.clip).require_match(recorded["clip"])
+        if recorded["tuned"] != sorted(self.tuned):
+            raise ModelMismatchError(
+                f"checkpoint: it tunes {len(recorded['tuned'])} of CLIP's parameters and this distiller "
+                f"{len(self.tuned)}; use the `tune` it was trained with"
+            )
+
+    def random_streams(self) -> dict[str, SeedStream]:
+        """The streams of noise, which a resumed run continues."""
+        return {"noise": self.seeds}
+
     def train(self, mode: bool = True) -> SDSDistiller:
         """Batch norms whose parameters are frozen keep their statistics."""
         super().train(mode)
@@ -180,7 +198,9 @@ class SDSDistiller(nn.Module):
         ranking = zero
         if self.ranking_weight:
             if candidate_tokens is None:
-                raise ValueError("candidate_tokens: expected in every batch, because ranking_weight is above 0, got None")
+                raise ValueError(
+                    "candidate_tokens: expected in every batch, because ranking_weight is above 0, got None"
+                )
             batch, candidates = candidate_tokens.shape[:2]
             features = self.clip.encode_text(candidate_tokens.flatten(0, 1), normalize=True)  # type: ignore[operator]
             targets = self._targets(candidates, candidate_scores, candidate_labels, candidate_captions, latents)

@@ -22,9 +22,7 @@ CONNECTIVES = (
 )  # fmt: skip
 
 
-def soft_targets(
-    scores: Float[Tensor, "images candidates"], temperature: float
-) -> Float[Tensor, "images candidates"]:
+def soft_targets(scores: Float[Tensor, "images candidates"], temperature: float) -> Float[Tensor, "images candidates"]:
     """`softmax(-score / temperature)`: the teacher's preference, from distances where lower is better."""
     return torch.softmax(-scores / temperature, dim=1)
 

@@ -100,7 +100,7 @@ def training_caption(scene: Scene, rng: random.Random, stated_share: float = 1.0
     `stated_share` of the captions of two things state their relation.
     """
     if scene.relation:
-        return scene.caption if rng.random() < stated_share else scene.unstated_caption
+        return scene.caption if stated_share >= 1 or rng.random() < stated_share else scene.unstated_caption
     (thing,) = scene.things
     if rng.random() < 0.5:
         thing = replace(thing, size=None)
@@ -120,12 +120,20 @@ def render(scenes: Sequence[Scene], seed: int) -> Float[Tensor, "scenes 3 height
         rows = [row for row, scene in enumerate(scenes) if len(scene.things) > position]
         if not rows:
             continue
-        centre_x, centre_y, radius = torch.tensor([placements[row][position] for row in rows]).T.unsqueeze(-1).unsqueeze(-1)
+        centre_x, centre_y, radius = (
+            torch.tensor([placements[row][position] for row in rows]).T.unsqueeze(-1).unsqueeze(-1)
+        )
         shade = torch.tensor([rng.uniform(0.8, 1.0) for _ in rows]).view(-1, 1)
         things = [scenes[row].things[position] for row in rows]
         colour = (torch.tensor([COLOURS[thing.colour] for thing in things]) * shade).view(-1, 3, 1, 1)
-        distance = torch.stack([d((x - cx) / r, (y - cy) / r) * r for d, cx, cy, r in zip(
-            (_DISTANCES[thing.shape] for thing in things), centre_x, centre_y, radius, strict=True)])
+        distance = torch.stack(
+            [
+                d((x - cx) / r, (y - cy) / r) * r
+                for d, cx, cy, r in zip(
+                    (_DISTANCES[thing.shape] for thing in things), centre_x, centre_y, radius, strict=True
+                )
+            ]
+        )
         coverage = (0.5 - distance).clamp(0, 1).unsqueeze(1)  # one pixel of anti-aliasing
         images[rows] = images[rows] * (1 - coverage) + colour * coverage
     return images

@@ -98,7 +98,12 @@ def train_clip(config: TrainConfig, folder: Path) -> None:
 
     optimise(model.parameters(), loss, config.clip_steps, config.clip_lr, "CLIP", weight_decay=0.05)
     model_config["text_cfg"]["hf_tokenizer_name"] = "fastsds/toyworld"
-    preprocess = {"mean": models.CLIP_MEAN, "std": models.CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess = {
+        "mean": models.CLIP_MEAN,
+        "std": models.CLIP_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": model_config, "preprocess_cfg": preprocess}, indent=2) + "\n", encoding="utf-8"
     )
@@ -144,7 +149,11 @@ def train_teacher(config: TrainConfig, folder: Path) -> None:
     rng = random.Random(config.seed + 2)
     models.write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **models.TEXT_ENCODER_CONFIG))
     unet = UNet2DConditionModel(**models.UNET_CONFIG)
     scheduler = DDIMScheduler(**models.SCHEDULER_CONFIG)

@@ -1,0 +1,140 @@
+"""Image-caption data: from files to the batches that a distiller takes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Preprocess = Callable[[Image.Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class DataError(ValueError):
+    """A data file or image that cannot be used; the message names it and says what to do."""
+
+
+class CaptionDataset(Dataset[dict[str, Any]]):
+    """Pairs of an image and its caption, with candidate captions where ranking wants them.
+
+    Args:
+        images: paths of image files, or PIL images.
+        captions: one per image.
+        preprocess: the CLIP model's own.
+        tokenizer: the CLIP model's own.
+        candidates: for each image equally many candidate captions.
+        extra: further columns of the batch by `SDSDistiller.forward`'s names, a tensor row per image:
+            `candidate_scores`, `candidate_labels`, `latents`.
+
+    Raises:
+        DataError: no images, or columns of unequal length.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[str | Path | Image.Image],
+        captions: Sequence[str],
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        *,
+        candidates: Sequence[Sequence[str]] | None = None,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.images = images
+        self.captions = captions
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.candidates = candidates
+        self.extra = dict(extra or {})
+        columns = {"captions": captions, "candidates": candidates, **self.extra}
+        if len(images) == 0:
+            raise DataError("images: expected at least one, got none")
+        for name, column in columns.items():
+            if column is not None and len(column) != len(images):
+                raise DataError(f"{name}: expected one for each of {len(images)} images, got {len(column)}")
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | Path,
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        *,
+        image_column: str = "filepath",
+        caption_column: str = "title",
+        separator: str = "\t",
+        root: str | Path | None = None,
+    ) -> CaptionDataset:
+        """Reads open_clip's CSV format: a header, then an image path and a caption per line.
+
+        Args:
+            root: folder that relative image paths start from; that of the file by default.
+
+        Raises:
+            DataError: a missing file, an unknown column (the message lists those there are), or no rows.
+        """
+        path = Path(path)
+        folder = path.parent if root is None else Path(root)
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file, delimiter=separator)
+                rows = list(reader)
+                columns = reader.fieldnames or []
+        except OSError as error:
+            raise DataError(f"path: could not read {path}: {error.strerror}") from error
+        for name, column in (("image_column", image_column), ("caption_column", caption_column)):
+            if column not in columns:
+                raise DataError(
+                    f"{name}: {path} has no column {column!r}; it has {columns} when split at {separator!r}"
+                )
+        if not rows:
+            raise DataError(f"path: expected rows below the header of {path}, got none")
+        return cls(
+            [folder / row[image_column] for row in rows], [row[caption_column] for row in rows], preprocess, tokenizer
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "images": self.preprocess(_open(self.images[index])),
+            "tokens": self.tokenizer([self.captions[index]])[0],
+            "captions": self.captions[index],
+        }
+        if self.candidates is not None:
+            row["candidate_tokens"] = self.tokenizer(list(self.candidates[index]))
+            row["candidate_captions"] = list(self.candidates[index])
+        return row | {name: column[index] for name, column in self.extra.items()}
+
+
+def collate_captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks tensors and lists strings: the batch that `SDSDistiller.forward` takes.
+
+    Candidates are given as strings only where their scores or labels are not there already.
+    """
+    batch: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        batch[name] = torch.stack(values) if isinstance(values[0], Tensor) else values
+    if "candidate_scores" in batch or "candidate_labels" in batch:
+        batch.pop("candidate_captions", None)
+    return batch
+
+
+def _open(image: str | Path | Image.Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"image: {image} does not exist; check the data file's paths and its root") from error
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(f"image: {image} cannot be read ({error}); replace it or take its row out") from error

@@ -1,0 +1,15 @@
+"""The loops, their checkpoints and their metrics."""
+
+from fastsds.training.checkpoint import CheckpointError
+from fastsds.training.distill import DistillConfig, DistillTrainer
+from fastsds.training.trainer import NonFiniteLossError, TrainConfig, Trainer, TrainResult
+
+__all__ = [
+    "CheckpointError",
+    "DistillConfig",
+    "DistillTrainer",
+    "NonFiniteLossError",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+]
