@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: install  ## Distil the toy teacher into the toy CLIP and report what it brought.
-	$(BIN)/fastsds demo
+	$(BIN)/fastsds demo --out runs/demo --overwrite
 
 test: install lint  ## Lint, types and the whole test suite.
 	$(BIN)/python -m pytest

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,3 +82,48 @@ def clip(request: pytest.FixtureRequest, clip_tokenizer: Any) -> Any:
         vision_cfg={"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
         text_cfg={**text, "width": 32, "heads": 2, "layers": 2},
     ).eval()
+
+
+class PhiloxOracle:
+    """The noise contract written a second time, in NumPy's unsigned integers and float64 Box-Muller."""
+
+    @staticmethod
+    def rounds(counter: Any, key: Any) -> np.ndarray:
+        """Philox4x32-10 of counters `[n, 4]` under a key of two words: uint32 `[n, 4]`."""
+        counter = np.asarray(counter, dtype=np.uint64).reshape(-1, 4).copy()
+        k0, k1 = (int(word) for word in key)
+        for _ in range(10):
+            first = counter[:, 0] * np.uint64(0xD2511F53)
+            second = counter[:, 2] * np.uint64(0xCD9E8D57)
+            mixed0 = (second >> np.uint64(32)) ^ counter[:, 1] ^ np.uint64(k0)
+            mixed2 = (first >> np.uint64(32)) ^ counter[:, 3] ^ np.uint64(k1)
+            low = np.uint64(0xFFFFFFFF)
+            counter = np.stack([mixed0, second & low, mixed2, first & low], axis=1)
+            k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+        return counter.astype(np.uint32)
+
+    @classmethod
+    def words(cls, seed: int, count: int, *, start: int = 0, stream: int = 0) -> np.ndarray:
+        """The words of the elements `start`, `start + 1`, …: lane n % 4 of counter n // 4."""
+        blocks = range(start // 4, (start + count + 3) // 4)
+        counters = [[block % 2**32, block // 2**32, 0, stream] for block in blocks]
+        key = seed % 2**64
+        lanes = cls.rounds(counters, (key % 2**32, key // 2**32)).reshape(-1)
+        return lanes[start % 4 : start % 4 + count]
+
+    @classmethod
+    def noise(cls, seed: int, shape: tuple[int, ...], *, start: int = 0, dtype: Any = np.float64) -> torch.Tensor:
+        """The normals of those elements; uniforms are float32 by contract, the rest is computed in `dtype`."""
+        count = math.prod(shape)
+        first = start - start % 4
+        words = cls.words(seed, -(-(start + count - first) // 4) * 4, start=first)
+        uniform = (words.astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)).astype(dtype)
+        radius = np.sqrt(dtype(-2) * np.log(uniform[0::2]))
+        angle = dtype(2 * np.pi) * uniform[1::2]
+        normals = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+        return torch.from_numpy(normals[start - first : start - first + count].reshape(shape))
+
+
+@pytest.fixture(scope="session")
+def oracle() -> type[PhiloxOracle]:
+    return PhiloxOracle

@@ -22,11 +22,14 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
-from fastsds.toyworld import models
+from fastsds.toyworld import load_clip, load_teacher, models
+from fastsds.toyworld.experiment import Evaluation, measure_teacher
 from fastsds.toyworld.scenes import Scene, random_pair, random_single, render, training_caption
 
 console = Console()
+PARTS = ("clip", "vae", "teacher", "report")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class TrainConfig:
 
     out: Path = Path("toyworld-weights")
     """Folder that receives `clip/` and `teacher/`."""
-    parts: tuple[str, ...] = ("clip", "vae", "teacher")
-    """What to train; `teacher` needs the VAE of an earlier run when `vae` is not named."""
+    parts: tuple[str, ...] = PARTS
+    """What to do; `teacher` needs the VAE, and `report` all the others, of this or an earlier run."""
     clip_steps: int = 4000
     clip_batch: int = 64
     clip_lr: float = 1e-3
@@ -57,6 +60,8 @@ class TrainConfig:
     teacher_lr: float = 2e-3
     binding_t_min: int = 850
     """First timestep of the noisiest part."""
+    report_pairs: int = 300
+    """Pairs of each kind that the report measures."""
     seed: int = 0
 
 
@@ -65,15 +70,17 @@ def scenes(count: int, rng: random.Random, single_share: float) -> list[Scene]:
 
 
 def main(config: TrainConfig) -> None:
-    unknown = set(config.parts) - {"clip", "vae", "teacher"}
+    unknown = set(config.parts) - set(PARTS)
     if unknown:
-        raise ValueError(f"parts: expected any of clip, vae, teacher; got {sorted(unknown)}")
+        raise ValueError(f"parts: expected any of {', '.join(PARTS)}; got {sorted(unknown)}")
     if "clip" in config.parts:
         train_clip(config, config.out / "clip")
     if "vae" in config.parts:
         train_vae(config, config.out / "teacher")
     if "teacher" in config.parts:
         train_teacher(config, config.out / "teacher")
+    if "report" in config.parts:
+        report(config)
 
 
 def train_clip(config: TrainConfig, folder: Path) -> None:
@@ -193,6 +200,37 @@ def train_teacher(config: TrainConfig, folder: Path) -> None:
     console.print(
         f"teacher saved to {folder}: U-Net {count_parameters(unet):,}, text encoder {count_parameters(text_encoder):,}"
     )
+
+
+def report(config: TrainConfig) -> None:
+    """Measures the saved models on held-out scenes through the public loaders, and draws samples of the teacher."""
+    clip, preprocess, tokenizer = load_clip(config.out / "clip")
+    evaluation = Evaluation(preprocess, "validation", config.report_pairs, 1000)
+    figures = evaluation.measure(clip, tokenizer)
+    console.print("CLIP: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures.items()))
+    teacher = load_teacher(config.out / "teacher")
+    figures = measure_teacher(teacher, evaluation)
+    console.print("teacher: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures.items()))
+    size = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
+    console.print(f"weights together: {size / 1e6:.1f} MB")
+    captions = [pair[0] for pair in evaluation.pairs["relation"].captions[:16]]
+    images = generate(config.out / "teacher", captions, config.seed)
+    path = config.out.with_name(config.out.name + "-samples.png")
+    save_image(torch.nn.functional.interpolate(images, scale_factor=4), path, nrow=8)
+    console.print(f"samples of the teacher in {path}, row by row: {'; '.join(captions)}")
+
+
+def generate(folder: Path, captions: list[str], seed: int) -> Tensor:
+    """Images in [0, 1] that the teacher's pipeline draws for the captions."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    images = pipeline(
+        captions, num_inference_steps=50, guidance_scale=3.0, generator=generator, output_type="pt"
+    ).images
+    return images.float()
 
 
 @torch.no_grad()

@@ -1,0 +1,280 @@
+"""The demo: composition of the toy CLIP before and after distillation, beside its controls."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from fastsds.evaluation.statistics import summarise
+from fastsds.toyworld import load_clip, load_teacher
+from fastsds.toyworld.experiment import Arm, Evaluation, Setting, measure_teacher, teacher_scores, train_arm
+from fastsds.toyworld.figures import bars, curves, examples
+from fastsds.toyworld.tasks import training_scenes
+from fastsds.training.metrics import read_metrics
+from fastsds.training.report import Page, markdown_table, png, write_report
+
+ARMS = (
+    Arm("control", "contrastive only, LayerNorm"),
+    Arm("sds", "SDS-CLIP as published, LayerNorm", sds_weight=1e-3),
+    Arm("control_all", "contrastive only, all weights", tune="all"),
+    Arm("control_labels", "labelled hard negatives, all weights", tune="all", ranking="labels"),
+    Arm(
+        "sds_ranking", "SDS-CLIP + teacher ranking (ours), all weights",
+        tune="all", sds_weight=1e-3, ranking="teacher",
+    ),
+    Arm("control_unstated", "contrastive only, all weights", tune="all", relation_stated=False),
+    Arm(
+        "control_labels_unstated", "labelled hard negatives, all weights",
+        tune="all", ranking="labels", relation_stated=False,
+    ),
+    Arm(
+        "sds_ranking_unstated", "SDS-CLIP + teacher ranking (ours), all weights",
+        tune="all", sds_weight=1e-3, ranking="teacher", relation_stated=False,
+    ),
+)  # fmt: skip
+COLUMNS = {
+    "zero_shot": "zero-shot",
+    "attribute_pair": "attribute pair",
+    "relation_pair": "relation pair",
+    "relation_text": "relation text",
+    "relation_image": "relation image",
+    "relation_group": "relation group",
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Distil the toy teacher into the toy CLIP and compare with the controls."""
+
+    out: Path = Path("fastsds-demo")
+    """Folder of the report."""
+    seeds: int = 1
+    """Runs of every arm; with several, intervals are over seeds."""
+    steps: int = 250
+    """Optimizer steps of every arm."""
+    workers: int = os.cpu_count() or 1
+    """Arms trained side by side, each on one thread."""
+    overwrite: bool = False
+    """Replace the report that is in `out`."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
+    """Trains and measures every arm, writes `report.html`, `report.json`, `report.md` and `bars.png`.
+
+    Returns:
+        What `report.json` holds: `{"seeds", "arms": {name: {figure: {"mean", "low", "high", "values"}}}, "teacher"}`.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is not set, or holds something other than a report.
+    """
+    console = console or Console()
+    _refuse_existing(config)
+    started = time.monotonic()
+    setting = Setting(steps=config.steps)
+    with tempfile.TemporaryDirectory() as scratch, _one_thread():
+        runs = Path(scratch)
+        start, teacher = _measure_start(setting, console)
+        results = _train_all(config, setting, runs, console)
+        report = _summarise(config, setting, start["figures"], results, teacher)
+        report["minutes"] = round((time.monotonic() - started) / 60, 2)
+        histories = {arm.name: read_metrics(runs / f"{arm.name}-0" / "metrics.jsonl", "evaluation") for arm in ARMS}
+        losses = {arm.name: read_metrics(runs / f"{arm.name}-0" / "metrics.jsonl", "train") for arm in ARMS}
+    _print(report, console)
+    header, rows = table_rows(report)
+    page = _page(report, start, results, histories, losses)
+    picture = png(bars(report, ARMS, COLUMNS))
+    write_report(
+        config.out,
+        {
+            "report.html": page.render(),
+            "report.json": report,
+            "report.md": markdown_table(header, rows),
+            "bars.png": picture,
+        },
+    )
+    console.print(f"picture: {config.out / 'bars.png'}")
+    console.print(f"report:  {config.out / 'report.html'}  ({report['minutes']} minutes)")
+    return report
+
+
+def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table of a report as strings: a header and a row per arm, percentages with their intervals."""
+    titles = {"start": "start"} | {arm.name: arm.title for arm in ARMS}
+    rows = []
+    for name, figures in report["arms"].items():
+        note = " · captions without relation" if name.endswith("_unstated") else ""
+        rows.append([titles[name] + note, *(_percent(figures[column]) for column in COLUMNS)])
+    teacher = report["teacher"]
+    rows.append(
+        ["teacher's own score", *(_percent(teacher[column]) if column in teacher else "–" for column in COLUMNS)]
+    )
+    return ["", *COLUMNS.values()], rows
+
+
+def _refuse_existing(config: DemoConfig) -> None:
+    if not config.out.exists():
+        return
+    is_report = (config.out / "report.json").is_file()
+    if not (config.overwrite and is_report):
+        hint = "pass --overwrite or name another folder" if is_report else "name another folder"
+        raise FileExistsError(f"out: {config.out} exists; {hint}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small models run fastest side by side on one thread each; worker processes inherit the variable."""
+    variable, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if variable is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = variable
+
+
+def _measure_start(setting: Setting, console: Console) -> tuple[dict[str, Any], dict[str, float]]:
+    console.print("Measuring the start and the teacher …")
+    clip, preprocess, tokenizer = load_clip(setting.clip_folder)
+    evaluation = Evaluation(preprocess, setting.split, setting.eval_pairs, setting.eval_singles)
+    start = {
+        "figures": evaluation.measure(clip, tokenizer),
+        "preferences": evaluation.preferences(clip, tokenizer, "relation").tolist(),
+        "pairs": evaluation.pairs["relation"],
+    }
+    return start, measure_teacher(load_teacher(setting.teacher_folder), evaluation, pairs=100)
+
+
+def _train_all(config: DemoConfig, setting: Setting, runs: Path, console: Console) -> dict[str, list[dict[str, Any]]]:
+    """Every arm under every seed; results by arm, in the order of the seeds."""
+    results: dict[str, list[Any]] = {arm.name: [None] * config.seeds for arm in ARMS}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(config.workers, mp_context=context) as pool,
+        Progress(*columns, console=console) as progress,
+    ):
+        scoring = progress.add_task("the teacher scores the candidates", total=config.seeds)
+        training = progress.add_task("training", total=len(ARMS) * config.seeds)
+        scored = {pool.submit(_score, setting, seed): seed for seed in range(config.seeds)}
+        running = {}
+        for future in as_completed(scored):
+            seed, judged = scored[future], future.result()
+            progress.advance(scoring)
+            for arm in ARMS:
+                job = pool.submit(_train, arm, seed, setting, runs / f"{arm.name}-{seed}", judged)
+                running[job] = arm, seed
+        for future in as_completed(running):
+            arm, seed = running[future]
+            results[arm.name][seed] = future.result()
+            progress.update(training, advance=1, description=f"trained {arm.name}")
+    return results
+
+
+def _score(setting: Setting, seed: int) -> dict[str, Tensor]:
+    torch.set_num_threads(1)
+    teacher = load_teacher(setting.teacher_folder)
+    scenes = training_scenes(setting.train_scenes, seed)
+    latents, scores = teacher_scores(teacher, scenes, setting.score_draws, seed)
+    return {"latents": latents, "scores": scores}
+
+
+def _train(arm: Arm, seed: int, setting: Setting, out: Path, judged: dict[str, Tensor]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return train_arm(arm, seed, setting, out, judged)
+
+
+def _summarise(
+    config: DemoConfig,
+    setting: Setting,
+    start: dict[str, float],
+    results: dict[str, list[dict[str, Any]]],
+    teacher: dict[str, float],
+) -> dict[str, Any]:
+    def samples(figure: str) -> int:
+        if figure == "zero_shot":
+            return setting.eval_singles
+        return setting.eval_pairs * (2 if figure.endswith("_pair") else 1)
+
+    arms = {"start": {name: summarise([value], samples(name)) for name, value in start.items()}}
+    for arm in ARMS:
+        arms[arm.name] = {
+            name: summarise([result["figures"][name] for result in results[arm.name]], samples(name)) for name in start
+        }
+    return {
+        "seeds": config.seeds,
+        "steps": config.steps,
+        "arms": arms,
+        "teacher": {
+            name: summarise([value], 100 * (2 if name.endswith("_pair") else 1)) for name, value in teacher.items()
+        },
+    }
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+    header, rows = table_rows(report)
+    table = Table(title="Composition of the toy CLIP, % (chance: pair 50, text and image 25, group 17)")
+    for column, name in enumerate(header):
+        table.add_column(name, justify="left" if column == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _page(
+    report: dict[str, Any],
+    start: dict[str, Any],
+    results: dict[str, list[dict[str, Any]]],
+    histories: dict[str, list[dict[str, float]]],
+    losses: dict[str, list[dict[str, float]]],
+) -> Page:
+    page = Page("SDS-CLIP on the toy world")
+    page.paragraph(
+        "A tiny CLIP that cannot tell which thing is left of which, and a tiny diffusion model that can. Every arm "
+        f"starts from the same CLIP and trains {report['steps']} steps on the same scenes. “Captions without "
+        "relation” name the things and never say where they are: there only the teacher can know."
+    )
+    interval = (
+        f"means over {report['seeds']} seeds with 95 % intervals over the seeds"
+        if report["seeds"] > 1
+        else "one seed; intervals are the test set's part of the uncertainty alone"
+    )
+    page.heading("What each arm scores")
+    page.paragraph(f"Percent; {interval}. Chance is 50 for pair, 25 for text and image, 17 for group; a tie is wrong.")
+    page.table(*table_rows(report))
+    page.figure(bars(report, ARMS, COLUMNS), "bars of the main figures by arm with their intervals")
+    page.heading("Along the run")
+    page.paragraph("Accuracy on validation pairs and the training losses of the first seed.")
+    page.figure(curves(histories, losses, ARMS), "curves of validation accuracy and losses by arm")
+    page.heading("Which caption each model picks")
+    page.paragraph("Held-out scenes, first seed; the caption in bold is true, and a mark says that a model picks it.")
+    preferences = {"start": start["preferences"]} | {arm.name: results[arm.name][0]["preferences"] for arm in ARMS}
+    page.figure(
+        examples(preferences, start["pairs"]), "example scenes with both captions and the models that pick the true one"
+    )
+    return page
+
+
+def _percent(figure: dict[str, float]) -> str:
+    return f"{100 * figure['mean']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"

@@ -1,0 +1,209 @@
+"""One arm of the toy experiment: what it trains on, how, and what it scores before and after."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
+
+from fastsds.data.captions import CaptionDataset, collate_captions
+from fastsds.diffusion.schedule import Weighting
+from fastsds.diffusion.score import DiffusionScorer
+from fastsds.diffusion.teacher import DiffusionTeacher
+from fastsds.evaluation.winoground import (
+    WinogroundScores,
+    prefers_own_caption,
+    winoground_scores,
+    winoground_similarity,
+)
+from fastsds.evaluation.zeroshot import zero_shot_accuracy
+from fastsds.sdsclip.distiller import SDSDistiller, SDSOn
+from fastsds.sdsclip.ranking import swap_phrases
+from fastsds.toyworld import CLIP_FOLDER, NOISIEST, TEACHER_FOLDER, load_clip, load_teacher
+from fastsds.toyworld.tasks import (
+    CompositionPairs,
+    SingleThings,
+    Split,
+    TrainingScenes,
+    composition_pairs,
+    preprocess_all,
+    single_things,
+    training_scenes,
+)
+from fastsds.training.distill import DistillConfig, DistillTrainer
+
+ZERO_SHOT_TEMPLATES = ("a photo of {}",)
+SCORE_DRAWS = 16  # noise draws per image where the teacher is evaluated
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train; the defaults are the paper's recipe at the toy world's learning rate."""
+
+    name: str
+    title: str
+    tune: str = "layernorm"
+    lr: float = 3e-4
+    sds_weight: float = 0.0
+    sds_on: SDSOn = "image"
+    t_range: tuple[int, int] | None = None
+    weighting: Weighting = "uniform"
+    ridge_start: bool = True
+    """Whether the projector starts as the ridge regression."""
+    ranking: str | None = None
+    """Targets of the candidates: `teacher`, `labels`, or None for no ranking."""
+    ranking_weight: float = 1.0
+    ranking_temperature: float = 0.005
+    relation_stated: bool = True
+    """Whether the captions state the relation, or only name the things."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of an experiment share."""
+
+    steps: int
+    batch: int = 64
+    train_scenes: int = 4096
+    eval_pairs: int = 400
+    eval_singles: int = 1000
+    score_draws: int = 2
+    """Noise draws per candidate where the teacher's scores are targets."""
+    split: Split = "test"
+    curve_points: int = 4
+    """Evaluations on validation pairs along a run."""
+    clip_folder: Path = CLIP_FOLDER
+    teacher_folder: Path = TEACHER_FOLDER
+
+
+class Evaluation:
+    """The test sets, preprocessed once for a CLIP model's family."""
+
+    def __init__(self, preprocess: Any, split: Split, pairs: int, singles: int) -> None:
+        self.pairs: dict[str, CompositionPairs] = {
+            "relation": composition_pairs("relation", pairs, split),
+            "attribute": composition_pairs("attribute", pairs, split),
+        }
+        self.singles: SingleThings = single_things(singles, split)
+        self._pair_images = {
+            name: preprocess_all(preprocess, task.images.flatten(0, 1)).unflatten(0, (-1, 2))
+            for name, task in self.pairs.items()
+        }
+        self._single_images = preprocess_all(preprocess, self.singles.images)
+
+    def similarity(self, clip: nn.Module, tokenizer: Any, swap: str) -> Tensor:
+        return winoground_similarity(clip, tokenizer, self._pair_images[swap], self.pairs[swap].captions)
+
+    def measure(self, clip: nn.Module, tokenizer: Any) -> dict[str, float]:
+        """Zero-shot accuracy and the composition scores, as flat names: `relation_pair`, `zero_shot`, …"""
+        figures = {
+            "zero_shot": zero_shot_accuracy(
+                clip,
+                tokenizer,
+                self._single_images,
+                self.singles.labels,
+                [name.removeprefix("a ") for name in self.singles.classnames],
+                ["a photo of a {}"],
+            )
+        }
+        for swap in self.pairs:
+            figures |= flatten_scores(swap, winoground_scores(self.similarity(clip, tokenizer, swap)))
+        return figures
+
+    def preferences(self, clip: nn.Module, tokenizer: Any, swap: str) -> Tensor:
+        """`[examples, 2]`: whether each image prefers its own caption."""
+        return prefers_own_caption(self.similarity(clip, tokenizer, swap))
+
+
+def flatten_scores(swap: str, scores: WinogroundScores) -> dict[str, float]:
+    return {f"{swap}_{name}": value for name, value in scores.to_json().items()}
+
+
+def measure_teacher(teacher: DiffusionTeacher, evaluation: Evaluation, pairs: int | None = None) -> dict[str, float]:
+    """The composition scores of the teacher's own diffusion score (lower distance, higher similarity)."""
+    scorer = DiffusionScorer(teacher, SCORE_DRAWS, t_range=NOISIEST)
+    figures: dict[str, float] = {}
+    for swap, task in evaluation.pairs.items():
+        images = task.images[:pairs]
+        captions = [captions for captions in task.captions[:pairs] for _ in range(2)]
+        distance = scorer.score_images(images.flatten(0, 1), captions)  # [examples * 2 images, 2 captions]
+        similarity = -distance.unflatten(0, (-1, 2)).transpose(1, 2)
+        figures |= flatten_scores(swap, winoground_scores(similarity))
+    return figures
+
+
+def teacher_scores(teacher: DiffusionTeacher, scenes: TrainingScenes, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    """VAE latents of the scenes, and the teacher's score of each of their candidates."""
+    scorer = DiffusionScorer(teacher, draws, t_range=NOISIEST, unet_batch=256, seed=seed)
+    latents = torch.cat([teacher.encode_images(piece) for piece in scenes.images.split(256)])
+    pieces = [
+        scorer.score_latents(latents[start : start + 256], scenes.candidates[start : start + 256])
+        for start in range(0, len(latents), 256)
+    ]
+    return latents, torch.cat(pieces)
+
+
+def train_arm(arm: Arm, seed: int, setting: Setting, out: Path, judged: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Trains one arm from the shipped CLIP and returns its figures, its curve and the captions it prefers.
+
+    Args:
+        judged: `latents` and `scores` of the training scenes of this seed, from `teacher_scores`.
+    """
+    torch.manual_seed(seed)
+    clip, preprocess, tokenizer = load_clip(setting.clip_folder)
+    teacher = load_teacher(setting.teacher_folder) if arm.sds_weight else None
+    distiller = SDSDistiller(
+        clip, teacher, arm.sds_weight, arm.tune,
+        sds_on=arm.sds_on, t_range=arm.t_range, weighting=arm.weighting, strategy="stratified",
+        ranking_weight=arm.ranking_weight if arm.ranking else 0.0, ranking_temperature=arm.ranking_temperature,
+        seed=seed,
+    )  # fmt: skip
+    scenes = training_scenes(setting.train_scenes, seed, relation_stated=arm.relation_stated)
+    dataset = _dataset(arm, scenes, preprocess, tokenizer, judged["scores"])
+    if distiller.projector is not None and arm.ridge_start:
+        images = preprocess_all(preprocess, scenes.images).split(256)
+        distiller.fit_projector(zip(images, judged["latents"].split(256), strict=True))
+    loader = DataLoader(dataset, setting.batch, shuffle=True, drop_last=True, collate_fn=collate_captions)
+    validation = Evaluation(preprocess, "validation", 100, 100)
+    config = DistillConfig(
+        out=out, lr=arm.lr, steps=setting.steps, warmup_steps=setting.steps // 20, progress=False, seed=seed,
+        evaluate_every=max(setting.steps // setting.curve_points, 1), save_every=setting.steps, tensorboard=False,
+    )  # fmt: skip
+    DistillTrainer(distiller, loader, config, lambda _: validation.measure(clip, tokenizer)).fit()
+    evaluation = Evaluation(preprocess, setting.split, setting.eval_pairs, setting.eval_singles)
+    return {
+        "figures": evaluation.measure(clip, tokenizer),
+        "preferences": evaluation.preferences(clip, tokenizer, "relation").tolist(),
+    }
+
+
+def _dataset(arm: Arm, scenes: TrainingScenes, preprocess: Any, tokenizer: Any, scores: Tensor) -> CaptionDataset:
+    candidates, extra = None, {}
+    if arm.ranking == "teacher":
+        candidates, extra = scenes.candidates, {"candidate_scores": scores}
+    elif arm.ranking == "labels":
+        candidates, labels = _labelled(scenes)
+        extra = {"candidate_labels": labels}
+    images = [to_pil_image(image) for image in scenes.images]
+    return CaptionDataset(images, scenes.captions, preprocess, tokenizer, candidates=candidates, extra=extra)
+
+
+def _labelled(scenes: TrainingScenes) -> tuple[list[list[str]], Tensor]:
+    """The caption that an image came with, labelled right, against itself with the noun phrases swapped."""
+    rng = random.Random(0)
+    candidates, labels = [], []
+    for caption in scenes.captions:
+        swapped = swap_phrases(caption, ("left of", "right of", "above", "below", "and"))
+        assert swapped is not None
+        row = [caption, swapped]
+        rng.shuffle(row)
+        candidates.append(row)
+        labels.append(row.index(caption))
+    return candidates, torch.tensor(labels)
