@@ -27,7 +27,7 @@ _HOMES = {
     "SDSDistiller": "fastsds.sdsclip",
     "SDSLoss": "fastsds.diffusion",
 }
-_MODULES = ("ops", "toyworld")
+_MODULES = ("clip", "data", "diffusion", "evaluation", "ops", "sdsclip", "toyworld", "training")
 
 __all__ = [
     "CaptionDataset",

@@ -26,6 +26,7 @@ class ClipIdentity:
     context_length: int
     image_size: int
     image_mean: tuple[float, ...]
+    """Empty, as `image_std`, where the model was built without open_clip's factory, which notes them on it."""
     image_std: tuple[float, ...]
 
     @classmethod
@@ -39,8 +40,8 @@ class ClipIdentity:
             activation=_activation(clip),
             context_length=int(clip.context_length),  # type: ignore[arg-type]
             image_size=int(size[0] if isinstance(size, tuple | list) else size),
-            image_mean=tuple(visual.image_mean),
-            image_std=tuple(visual.image_std),
+            image_mean=tuple(getattr(visual, "image_mean", ())),
+            image_std=tuple(getattr(visual, "image_std", ())),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -77,17 +77,20 @@ class CaptionDataset(Dataset[dict[str, Any]]):
             root: folder that relative image paths start from; that of the file by default.
 
         Raises:
-            DataError: a missing file, an unknown column (the message lists those there are), or no rows.
+            DataError: a file that is missing or not UTF-8, an unknown column (the message lists those there are), no
+                rows, or a row with too few columns.
         """
         path = Path(path)
         folder = path.parent if root is None else Path(root)
         try:
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file, delimiter=separator)
                 rows = list(reader)
                 columns = reader.fieldnames or []
         except OSError as error:
             raise DataError(f"path: could not read {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"path: {path} is not a UTF-8 text file of columns: {error}") from error
         for name, column in (("image_column", image_column), ("caption_column", caption_column)):
             if column not in columns:
                 raise DataError(
@@ -95,6 +98,9 @@ class CaptionDataset(Dataset[dict[str, Any]]):
                 )
         if not rows:
             raise DataError(f"path: expected rows below the header of {path}, got none")
+        for number, row in enumerate(rows, start=1):
+            if row[image_column] is None or row[caption_column] is None:
+                raise DataError(f"path: row {number} below the header of {path} has fewer columns than {columns}")
         return cls(
             [folder / row[image_column] for row in rows], [row[caption_column] for row in rows], preprocess, tokenizer
         )
@@ -136,5 +142,5 @@ def _open(image: str | Path | Image.Image) -> Image.Image:
             return opened.convert("RGB")
     except FileNotFoundError as error:
         raise DataError(f"image: {image} does not exist; check the data file's paths and its root") from error
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise DataError(f"image: {image} cannot be read ({error}); replace it or take its row out") from error

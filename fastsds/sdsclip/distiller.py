@@ -113,6 +113,7 @@ class SDSDistiller(nn.Module):
             )  # fmt: skip
             self.projector = LatentProjector(_embed_dim(clip), teacher.latent_shape)
             self.projector.to(next(clip.parameters()).device)
+        self._keep_frozen_statistics()
 
     @property
     def teacher(self) -> DiffusionTeacher | None:
@@ -146,10 +147,7 @@ class SDSDistiller(nn.Module):
     def train(self, mode: bool = True) -> SDSDistiller:
         """Batch norms whose parameters are frozen keep their statistics."""
         super().train(mode)
-        for module in self.clip.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                tuned = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-                module.train(mode and tuned)
+        self._keep_frozen_statistics()
         return self
 
     def forward(
@@ -228,6 +226,12 @@ class SDSDistiller(nn.Module):
                 yield self.clip.encode_image(images, normalize=self.normalize), latents  # type: ignore[operator]
 
         return self.projector.fit_ridge(pairs(), ridge)
+
+    def _keep_frozen_statistics(self) -> None:
+        for module in self.clip.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                tuned = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+                module.train(module.training and tuned)
 
     def _judge(self, embedding: Tensor, captions: Text, seed: Tensor) -> Tensor:
         assert self.sds_loss is not None and self.projector is not None

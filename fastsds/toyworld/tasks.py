@@ -87,7 +87,10 @@ def training_scenes(count: int, seed: int = 0, *, relation_stated: bool = True) 
         rng.shuffle(row)
         candidates.append(row)
         labels.append(row.index(scene.caption))
-    captions = [scene.caption if relation_stated else scene.unstated_caption for scene in scenes]
+    if relation_stated:
+        captions = [scene.caption for scene in scenes]
+    else:  # named in random order, so that the mention tells nothing either
+        captions = [rng.choice((scene, scene.swap_relation())).unstated_caption for scene in scenes]
     return TrainingScenes(images, captions, candidates, torch.tensor(labels))
 
 

@@ -84,6 +84,8 @@ def load_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"could not read {folder / STATE}: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"could not read {folder / STATE}: expected a JSON object, got {type(state).__name__}")
     if state.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder}: expected checkpoint format {FORMAT_VERSION}, got {state.get('format')!r}; "

@@ -21,7 +21,7 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training met a NaN or infinite loss and stopped; the message names the step and the last good checkpoint."""
+    """Training met a NaN or infinite loss or gradient and stopped; the message names step and last good checkpoint."""
 
 
 class Trainable(Protocol):
@@ -124,6 +124,7 @@ class Trainer:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         self._step = 0
         self._pending: list[tuple[int, dict[str, Tensor], float]] = []
+        self._resumed_random: dict[str, Any] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -142,7 +143,7 @@ class Trainer:
 
         Raises:
             FileExistsError: the run's folder exists and `resume` is not set.
-            NonFiniteLossError: a loss was NaN or infinite; nothing is written after the step before it.
+            NonFiniteLossError: a loss or gradient was NaN or infinite; nothing is written after the step before it.
             CheckpointError: a checkpoint could not be written or does not fit.
         """
         last = checkpoint.latest_checkpoint(self.checkpoints) if resume else None
@@ -198,20 +199,25 @@ class Trainer:
         self._model.train()
         parts: list[dict[str, Tensor]] = []
         for batch in loader:
+            if self._resumed_random is not None:
+                # Not earlier: the loader's iterator draws from the generators, and drew before the checkpoint.
+                checkpoint.set_random_state(self._resumed_random)
+                self._resumed_random = None
             with self.accelerator.accumulate(self._model):
                 output = self._model(**batch)
                 self.accelerator.backward(output.loss)
                 grad_norm: Any = 0.0
-                if self.accelerator.sync_gradients and self.config.max_grad_norm is not None:
+                if self.accelerator.sync_gradients:
+                    limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
                     grad_norm = self.accelerator.clip_grad_norm_(
-                        list(self._trainable.trained_parameters().values()), self.config.max_grad_norm
+                        list(self._trainable.trained_parameters().values()), limit
                     )
                 self._optimizer.step()
                 self._optimizer.zero_grad()
             parts.append({name: value.detach() for name, value in output._asdict().items()})
             if not self.accelerator.sync_gradients:
                 continue
-            lr = float(self._schedule.get_last_lr()[0])
+            lr = float(self._optimizer.param_groups[0]["lr"])
             self._schedule.step()
             self._step += 1
             values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
@@ -229,11 +235,14 @@ class Trainer:
         pending, self._pending = self._pending, []
         for step, values, lr in pending:
             numbers = {name: float(value) for name, value in values.items()}
-            bad = [name for name in numbers if name not in ("loss", "grad_norm") and not math.isfinite(numbers[name])]
-            if bad or not math.isfinite(numbers["loss"]):
+            # A gradient scaler skips the steps whose gradients overflow; without one they ruin the parameters.
+            scaled = self.accelerator.scaler is not None
+            bad = [name for name in numbers if not math.isfinite(numbers[name])]
+            losses = [name for name in bad if name != "grad_norm"]
+            if losses or (bad and not scaled):
                 good = checkpoint.latest_checkpoint(self.checkpoints)
                 raise NonFiniteLossError(
-                    f"the loss is {numbers['loss']} at step {step} (not finite: {', '.join(bad) or 'loss'}); training "
+                    f"the loss is {numbers['loss']} at step {step} (not finite: {', '.join(losses or bad)}); training "
                     f"stopped. The last good checkpoint is {good or 'none'}; resume from it with a lower learning "
                     f"rate, or in bf16 or float32 in place of fp16"
                 )
@@ -288,8 +297,13 @@ class Trainer:
         checkpoint.load_optimizer(folder, self._optimizer.optimizer, state)
         self._step = state["step"]
         self._schedule.last_epoch = self._step
-        self._schedule._last_lr = [group["lr"] for group in self._optimizer.param_groups]
-        checkpoint.set_random_state(state["random"])
+        # Of this run's configuration, which may ask for a lower rate than the checkpoint's.
+        for group, rate in zip(self._optimizer.param_groups, self._schedule.base_lrs, strict=True):
+            group["lr"] = rate * self._lr_factor(self._step)
+        if self._step % self.steps_per_epoch:
+            self._resumed_random = state["random"]
+        else:
+            checkpoint.set_random_state(state["random"])
         for name, stream in self._trainable.random_streams().items():
             stream.load_state_dict(_from_json(state["random_streams"][name]))
         if state["scaler"] and self.accelerator.scaler is not None:

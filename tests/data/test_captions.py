@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fastsds.data import CaptionDataset, DataError, collate_captions
+
+
+def _preprocess(image: Image.Image) -> Tensor:
+    """The colour of the top left corner: what the file holds, where conversion to RGB was right."""
+    assert image.mode == "RGB"
+    return torch.tensor(image.getpixel((0, 0)))
+
+
+def _tokenizer(captions: list[str]) -> Tensor:
+    return torch.tensor([[len(caption), ord(caption[0])] for caption in captions])
+
+
+def _write_csv(
+    path: Path, rows: list[list[str]], header: tuple[str, ...] = ("filepath", "title"), **options: Any
+) -> Path:
+    with path.open("w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
+        csv.writer(file, **{"delimiter": "\t", **options}).writerows([header, *rows])
+    return path
+
+
+def _read(path: Path, **options: Any) -> CaptionDataset:
+    return CaptionDataset.from_csv(path, _preprocess, _tokenizer, **options)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (5, 4), (200, 10, 30)).save(tmp_path / "images" / "red.png")
+    Image.new("RGB", (16, 16), (0, 0, 255)).save(tmp_path / "images" / "blue.jpg", quality=95)
+    return _write_csv(tmp_path / "pairs.csv", [["images/red.png", "a red one"], ["images/blue.jpg", "the blue, “one”"]])
+
+
+def test_pairs_come_in_the_files_order(pairs: Path) -> None:
+    dataset = _read(pairs)
+    assert len(dataset) == 2
+    first, second = dataset[0], dataset[1]
+    assert first["images"].tolist() == [200, 10, 30]
+    assert (second["images"] - torch.tensor([0, 0, 255])).abs().max() <= 3  # JPEG
+    assert [first["captions"], second["captions"]] == ["a red one", "the blue, “one”"]
+    assert first["tokens"].tolist() == [9, ord("a")] and second["tokens"].tolist() == [15, ord("t")]
+
+
+def test_relative_paths_start_from_the_root_and_absolute_ones_stand(pairs: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "lists"
+    elsewhere.mkdir()
+    absolute = str(tmp_path / "images" / "red.png")
+    path = _write_csv(elsewhere / "pairs.csv", [["red.png", "one"], [absolute, "two"]])
+    dataset = _read(path, root=tmp_path / "images")
+    assert dataset[0]["images"].tolist() == dataset[1]["images"].tolist() == [200, 10, 30]
+    with pytest.raises(DataError, match=r"lists.red\.png does not exist; check the data file's paths and its root"):
+        _read(path)[0]
+
+
+def test_columns_and_separator_can_be_named(pairs: Path, tmp_path: Path) -> None:
+    rows = [["0", "a red one, large", "images/red.png"]]
+    path = _write_csv(tmp_path / "other.csv", rows, header=("id", "text", "file"), delimiter=",")
+    row = _read(path, image_column="file", caption_column="text", separator=",")[0]
+    assert row["captions"] == "a red one, large" and row["images"].tolist() == [200, 10, 30]
+
+
+def test_byte_order_mark_is_no_part_of_the_first_column(pairs: Path, tmp_path: Path) -> None:
+    path = _write_csv(tmp_path / "bom.csv", [["images/red.png", "one"]], encoding="utf-8-sig")
+    assert _read(path)[0]["captions"] == "one"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"caption_column": "text"},
+            r"caption_column: .*pairs\.csv has no column 'text'; it has \['filepath', 'title'\]",
+        ),
+        ({"image_column": "file"}, r"image_column: .*pairs\.csv has no column 'file'; it has \['filepath', 'title'\]"),
+        ({"separator": ","}, r"no column 'filepath'; it has \['filepath\\ttitle'\] when split at ','"),
+    ],
+)
+def test_unknown_column_or_separator_lists_what_there_is(pairs: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        _read(pairs, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"no column 'filepath'; it has \[\]"),
+        (b"filepath\ttitle\n", r"path: expected rows below the header of .*file\.csv, got none"),
+        (b"filepath\ttitle\na.png\tone\nb.png\n", r"path: row 2 below the header of .*file\.csv has fewer columns"),
+        ("filepath\ttitle\na.png\tcafé\n".encode("latin-1"), r"path: .*file\.csv is not a UTF-8 text file"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "file.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        _read(path)
+
+
+def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"path: could not read .*absent\.csv: No such file"):
+        _read(tmp_path / "absent.csv")
+    with pytest.raises(DataError, match=r"path: could not read .*: Is a directory"):
+        _read(tmp_path)
+
+
+def _dataset(images: list[Any], **options: Any) -> CaptionDataset:
+    return CaptionDataset(images, ["x"] * len(images), _preprocess, _tokenizer, **options)
+
+
+def test_missing_image_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
+    dataset = _dataset([tmp_path / "gone.png"])
+    with pytest.raises(DataError, match=r"image: .*gone\.png does not exist"):
+        dataset[0]
+
+
+def test_truncated_jpeg_is_named(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    Image.effect_noise((64, 64), 80).convert("RGB").save(whole)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(
+        DataError, match=r"image: .*cut\.jpg cannot be read \(.*truncated.*\); replace it or take its row"
+    ):
+        _dataset([cut])[0]
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_files_that_are_no_images_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "page.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"image: .*page\.png cannot be read"):
+        _dataset([path])[0]
+
+
+def test_images_too_large_to_be_meant_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("RGB", (64, 64)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"image: .*bomb\.png cannot be read"):
+        _dataset([path])[0]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 130, [130, 130, 130]),
+        ("1", 1, [255, 255, 255]),
+        ("LA", (130, 7), [130, 130, 130]),
+        ("RGBA", (1, 2, 3, 128), [1, 2, 3]),
+        ("P", (250, 4, 9), [250, 4, 9]),
+        ("CMYK", (0, 255, 255, 0), [255, 0, 0]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, colour: Any, expected: list[int], in_memory: bool) -> None:
+    if mode == "P":
+        image = Image.new("P", (8, 8), 1)
+        image.putpalette([0, 0, 0, *colour])
+    else:
+        image = Image.new(mode, (8, 8), colour)
+    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    image.save(path)
+    assert _dataset([image if in_memory else path])[0]["images"].tolist() == expected
+
+
+def test_images_in_memory_are_left_as_they_are() -> None:
+    image = Image.new("L", (8, 8), 130)
+    _dataset([image])[0]
+    assert image.mode == "L" and image.getpixel((0, 0)) == 130
+
+
+IMAGES = [Image.new("RGB", (4, 4), (number, 0, 0)) for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"captions": ["a", "b"]}, "captions: expected one for each of 3 images, got 2"),
+        ({"candidates": [["a", "b"]] * 4}, "candidates: expected one for each of 3 images, got 4"),
+        ({"extra": {"latents": torch.zeros(1, 4, 8, 8)}}, "latents: expected one for each of 3 images, got 1"),
+        ({"images": [], "captions": []}, "images: expected at least one, got none"),
+    ],
+)
+def test_columns_of_unequal_length_are_refused(options: dict[str, Any], message: str) -> None:
+    columns = {"images": IMAGES, "captions": ["a", "b", "c"], **options}
+    with pytest.raises(DataError, match=message):
+        CaptionDataset(preprocess=_preprocess, tokenizer=_tokenizer, **columns)
+
+
+def _with_candidates(extra: dict[str, Tensor] | None = None) -> CaptionDataset:
+    candidates = [["a", "bb"], ["ccc", "b"], ["dd", "e"]]
+    return CaptionDataset(IMAGES, ["a", "b", "c"], _preprocess, _tokenizer, candidates=candidates, extra=extra)
+
+
+def test_collate_stacks_tensors_and_lists_strings() -> None:
+    dataset = _with_candidates({"latents": torch.arange(3 * 4).view(3, 4)})
+    batch = collate_captions([dataset[2], dataset[0]])
+    assert set(batch) == {"images", "tokens", "captions", "candidate_tokens", "candidate_captions", "latents"}
+    assert batch["images"].tolist() == [[2, 0, 0], [0, 0, 0]]
+    assert batch["tokens"].tolist() == [[1, ord("c")], [1, ord("a")]]
+    assert batch["captions"] == ["c", "a"]
+    assert batch["candidate_tokens"].tolist() == [[[2, ord("d")], [1, ord("e")]], [[1, ord("a")], [2, ord("b")]]]
+    assert batch["candidate_captions"] == [["dd", "e"], ["a", "bb"]]
+    assert batch["latents"].tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("candidate_scores", torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])),
+        ("candidate_labels", torch.tensor([1, 0, 1])),
+    ],
+)
+def test_candidates_are_strings_only_where_they_are_to_be_scored(name: str, column: Tensor) -> None:
+    dataset = _with_candidates({name: column})
+    batch = collate_captions([dataset[0], dataset[2]])
+    assert "candidate_captions" not in batch and "candidate_tokens" in batch
+    assert torch.equal(batch[name], column[[0, 2]])
+
+
+def test_loader_gives_every_pair_once_with_its_own_caption() -> None:
+    count = 23
+    images = [Image.new("RGB", (4, 4), (number, 0, 0)) for number in range(count)]
+    captions = [f"{number}" for number in range(count)]
+    dataset = CaptionDataset(images, captions, _preprocess, _tokenizer)
+    loader = DataLoader(dataset, batch_size=5, shuffle=True, num_workers=0, collate_fn=collate_captions)
+    seen = []
+    for batch in loader:
+        assert [str(red) for red in batch["images"][:, 0].tolist()] == batch["captions"]
+        seen += batch["captions"]
+    assert sorted(seen, key=int) == captions and seen != captions
+
+
+def test_a_batch_is_what_the_distiller_takes(clip: Any, clip_tokenizer: Any) -> None:
+    from fastsds.sdsclip import SDSDistiller
+
+    def preprocess(image: Image.Image) -> Tensor:
+        return (
+            torch.tensor(list(image.resize((32, 32)).tobytes()), dtype=torch.float32).view(32, 32, 3).permute(2, 0, 1)
+        )
+
+    dataset = CaptionDataset(
+        IMAGES, ["a red circle", "a blue square", "a circle"], preprocess, clip_tokenizer,
+        candidates=[["a circle", "a square"]] * 3, extra={"candidate_labels": torch.tensor([0, 1, 0])},
+    )  # fmt: skip
+    (batch,) = DataLoader(dataset, batch_size=3, collate_fn=collate_captions)
+    out = SDSDistiller(clip, None, sds_weight=0, ranking_weight=1.0)(**batch)
+    assert out.loss.isfinite() and out.ranking > 0

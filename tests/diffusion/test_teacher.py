@@ -1,0 +1,286 @@
+"""The teacher against the pipeline it was taken from, its caches, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from fastsds.diffusion import DiffusionTeacher, NoiseSchedule, UnsupportedTeacherError
+from fastsds.toyworld import models
+
+CAPTIONS = ["a red circle", "a blue square above a green triangle", ""]
+
+
+@pytest.fixture
+def encoder_calls(teacher: DiffusionTeacher) -> Iterator[list[int]]:
+    """How many captions each call of the text encoder got."""
+    calls: list[int] = []
+    handle = teacher.text_encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    yield calls
+    handle.remove()
+
+
+@pytest.fixture
+def pipeline(teacher_parts: dict[str, Any]) -> Any:
+    return diffusers.StableDiffusionPipeline(
+        **teacher_parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+def _inputs(teacher: DiffusionTeacher, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    text = teacher.encode_text(CAPTIONS[:batch])
+    return torch.randn(batch, *teacher.latent_shape), torch.tensor([3, 700])[:batch], text
+
+
+@pytest.mark.parametrize("as_string", [False, True])
+def test_from_pretrained_is_the_teacher_of_its_parts(
+    teacher: DiffusionTeacher, pipeline_folder: Path, as_string: bool
+) -> None:
+    loaded = DiffusionTeacher.from_pretrained(str(pipeline_folder) if as_string else pipeline_folder)
+    state, expected = loaded.state_dict(), teacher.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert loaded.schedule.prediction_type == teacher.schedule.prediction_type == "v_prediction"
+    assert torch.equal(loaded.schedule.alpha, teacher.schedule.alpha)
+    inputs = _inputs(teacher)
+    assert torch.equal(loaded.encode_text(CAPTIONS), teacher.encode_text(CAPTIONS))
+    assert torch.equal(loaded.predict(*inputs), teacher.predict(*inputs))
+    images = torch.rand(1, 3, *teacher.image_size)
+    assert torch.equal(loaded.encode_images(images), teacher.encode_images(images))
+
+
+def test_half_precision_loading(teacher: DiffusionTeacher, pipeline_folder: Path) -> None:
+    loaded = DiffusionTeacher.from_pretrained(pipeline_folder, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    noised, t, text = _inputs(teacher)
+    assert loaded.encode_text(CAPTIONS).dtype == torch.bfloat16
+    prediction = loaded.predict(noised, t, text)
+    assert prediction.dtype == torch.bfloat16
+    torch.testing.assert_close(prediction.float(), teacher.predict(noised, t, text), rtol=0.1, atol=0.1)
+    assert loaded.encode_images(torch.rand(1, 3, 32, 32)).dtype == torch.float32
+    assert loaded.schedule.alpha.dtype == torch.float32
+
+
+def test_sizes(teacher: DiffusionTeacher) -> None:
+    assert teacher.latent_shape == (4, 8, 8)
+    assert teacher.image_size == (32, 32)
+    assert tuple(teacher.encode_images(torch.rand(1, 3, 32, 32)).shape[1:]) == teacher.latent_shape
+
+
+def test_predict_is_the_unet(teacher: DiffusionTeacher, teacher_parts: dict[str, Any]) -> None:
+    noised, t, text = _inputs(teacher)
+    expected = teacher_parts["unet"](noised, t, encoder_hidden_states=text, return_dict=False)[0]
+    torch.testing.assert_close(teacher.predict(noised, t, text), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(teacher.predict(noised, t.flip(0), text), expected, atol=1e-4)
+    assert not torch.allclose(teacher.predict(noised, t, text.flip(0)), expected, atol=1e-4)
+
+
+def test_predict_tells_the_network_the_schedules_timesteps(teacher_parts: dict[str, Any]) -> None:
+    """Flow matching's index is not what the network is told."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    teacher = DiffusionTeacher(**{**teacher_parts, "scheduler": scheduler})
+    noised, t, text = _inputs(teacher)
+    told = scheduler.timesteps.flip(0)[t]
+    assert not torch.allclose(told, t.float())
+    expected = teacher_parts["unet"](noised, told, encoder_hidden_states=text).sample
+    torch.testing.assert_close(teacher.predict(noised, t, text), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_predict_is_differentiable_in_the_latents_only(teacher: DiffusionTeacher) -> None:
+    noised, t, text = _inputs(teacher)
+    teacher.predict(noised.requires_grad_(), t, text).square().sum().backward()
+    assert noised.grad is not None
+    assert noised.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_takes_a_noise_schedule_and_missing_parts(teacher_parts: dict[str, Any]) -> None:
+    schedule = NoiseSchedule(torch.full((5,), 0.8), torch.full((5,), 0.6), torch.arange(5), "epsilon")
+    teacher = DiffusionTeacher(teacher_parts["unet"], None, None, None, schedule)
+    assert teacher.schedule is schedule
+    assert teacher.predict(torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.randn(1, 16, 64)).shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="vae: this teacher was built without one"):
+        teacher.encode_images(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="tokenizer: this teacher was built without one"):
+        teacher.encode_text(["a red circle"])
+
+
+def test_text_is_encoded_as_the_pipeline_does(teacher: DiffusionTeacher, pipeline: Any) -> None:
+    long = "a red circle and " * 20  # is truncated
+    captions = [*CAPTIONS, long]
+    expected = pipeline.encode_prompt(captions, "cpu", 1, False)[0]
+    encoded = teacher.encode_text(captions)
+    assert encoded.shape == (4, models.CONTEXT_LENGTH, 64)
+    torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
+    unconditional = pipeline.encode_prompt("a red circle", "cpu", 1, True)[1]
+    torch.testing.assert_close(teacher.encode_text([""]), unconditional, rtol=1e-5, atol=1e-5)
+    assert not encoded.requires_grad
+
+
+def test_text_is_encoded_once_per_caption(teacher: DiffusionTeacher, encoder_calls: list[int]) -> None:
+    first = teacher.encode_text(["a", "b", "a", "b", "a"])
+    assert encoder_calls == [2]
+    again = teacher.encode_text(["b", "c", "a"])
+    assert encoder_calls == [2, 1]
+    assert torch.equal(again[0], first[1])
+    assert torch.equal(again[2], first[0])
+    for row, source in zip(first, (0, 1, 0, 1, 0), strict=True):
+        assert torch.equal(row, first[source])
+    assert not torch.allclose(first[0], first[1], atol=1e-3)
+
+
+def test_result_can_be_written_to_without_changing_the_cache(teacher: DiffusionTeacher) -> None:
+    first = teacher.encode_text(["a"])
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(teacher.encode_text(["a"]), expected)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_cache_is_bounded(teacher: DiffusionTeacher, encoder_calls: list[int], size: int) -> None:
+    teacher._text_cache_size = size
+    captions = ["a", "b", "c", "d"]
+    encoded = teacher.encode_text(captions)
+    assert encoded.shape[0] == 4
+    assert len(teacher._text_cache) == size
+    assert sum(row.untyped_storage().nbytes() for row in teacher._text_cache.values()) == size * 16 * 64 * 4
+    torch.testing.assert_close(teacher.encode_text(captions), encoded)
+    assert encoder_calls == [4, 4 - size]
+
+
+def test_least_recently_used_caption_is_dropped(teacher: DiffusionTeacher, encoder_calls: list[int]) -> None:
+    teacher._text_cache_size = 2
+    for captions in (["a"], ["b"], ["a"], ["c"], ["a"]):  # "b" is the oldest when "c" comes
+        teacher.encode_text(captions)
+    assert encoder_calls == [1, 1, 1]
+    teacher.encode_text(["b"])
+    assert encoder_calls == [1, 1, 1, 1]
+
+
+def test_cache_follows_the_teachers_dtype(teacher: DiffusionTeacher) -> None:
+    teacher.encode_text(["a"])
+    teacher.double()
+    encoded = teacher.encode_text(["a", "b"])
+    assert encoded.dtype == torch.float64
+    torch.testing.assert_close(encoded, teacher.encode_text(["b", "a"]).flip(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("captions", ["a red circle", [1, 2], ["a", None]])
+def test_text_that_is_no_list_of_strings(teacher: DiffusionTeacher, captions: Any) -> None:
+    message = f"captions: expected a sequence of strings, got {captions!r}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        teacher.encode_text(captions)
+
+
+def test_images_are_encoded_and_scaled(teacher: DiffusionTeacher, teacher_parts: dict[str, Any]) -> None:
+    vae = teacher_parts["vae"]
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        mean = vae.quant_conv(vae.encoder(2 * images - 1))[:, :4]
+    latents = teacher.encode_images(images)
+    torch.testing.assert_close(latents, mean * 0.18215, rtol=1e-5, atol=1e-6)
+    assert latents.dtype == torch.float32
+    assert not latents.requires_grad
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 20), (8, 8)])
+def test_images_of_other_sizes_are_resized(teacher: DiffusionTeacher, size: tuple[int, int]) -> None:
+    images = torch.rand(1, 3, *size)
+    resized = torch.nn.functional.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(teacher.encode_images(images), teacher.encode_images(resized))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(1, 1, 32, 32), "got torch.float32 [1, 1, 32, 32]"),
+        (torch.rand(3, 32, 32), "got torch.float32 [3, 32, 32]"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "got torch.uint8 [1, 3, 32, 32]"),
+    ],
+)
+def test_refused_images(teacher: DiffusionTeacher, images: Tensor, message: str) -> None:
+    expected = "images: expected floating point [images, 3, height, width] in [0, 1], " + message
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        teacher.encode_images(images)
+
+
+def test_stays_frozen_and_in_evaluation_mode(teacher: DiffusionTeacher, teacher_parts: dict[str, Any]) -> None:
+    surrounding = torch.nn.ModuleDict({"teacher": teacher, "other": torch.nn.Dropout()}).train()
+    assert surrounding["other"].training
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    # Parts in training mode are put into evaluation mode when the teacher is built.
+    unet = diffusers.UNet2DConditionModel(**models.UNET_CONFIG).train()
+    DiffusionTeacher(unet, None, None, None, teacher_parts["scheduler"])
+    assert not unet.training
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "StableDiffusionControlNetPipeline"]
+)
+def test_other_pipelines_are_refused_by_name(pipeline_folder: Path, tmp_path: Path, name: str) -> None:
+    """From the index alone, before any weights are read."""
+    index = json.loads((pipeline_folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+    with pytest.raises(UnsupportedTeacherError, match=rf"source: .* is a {name}; supported are Stable Diffusion 1\.x"):
+        DiffusionTeacher.from_pretrained(tmp_path)
+
+
+def test_image_to_image_pipeline_is_the_same_network(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipeline_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionImg2ImgPipeline"}))
+    assert DiffusionTeacher.from_pretrained(folder).latent_shape == (4, 8, 8)
+
+
+def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"source: expected a diffusers pipeline folder with a model_index\.json"
+    ):
+        DiffusionTeacher.from_pretrained(tmp_path)
+
+
+def _unet(**changes: Any) -> Any:
+    return diffusers.UNet2DConditionModel(**{**models.UNET_CONFIG, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 9}, "unet: it takes 9 channels and predicts 4 (an inpainting, "),
+        ({"out_channels": 8}, "unet: it takes 4 channels and predicts 8 ("),
+        (
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 96},
+            "unet: it wants conditions beside the text (addition_embed_type='text_time', as in SDXL); supported are",
+        ),
+        ({"num_class_embeds": 3}, "unet: it wants conditions beside the text"),
+    ],
+)  # fmt: skip
+def test_other_unets_are_refused(teacher_parts: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedTeacherError, match=re.escape(message)):
+        DiffusionTeacher(**{**teacher_parts, "unet": _unet(**changes)})
+
+
+def test_unets_of_other_classes_are_refused(teacher_parts: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedTeacherError, match="unet: got a Linear; supported are"):
+        DiffusionTeacher(**{**teacher_parts, "unet": torch.nn.Linear(2, 2)})
+
+
+def test_vae_of_other_channels_is_refused(teacher_parts: dict[str, Any]) -> None:
+    vae = diffusers.AutoencoderKL(**{**models.VAE_CONFIG, "latent_channels": 16})
+    with pytest.raises(UnsupportedTeacherError, match="vae: expected 4 latent channels, as the U-Net takes, got 16"):
+        DiffusionTeacher(**{**teacher_parts, "vae": vae})

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastsds.evaluation import zero_shot_accuracy
+
+TABLE = {
+    "a photo of red": [1.0, 0.0, 0.0],
+    "a photo of green": [0.0, 1.0, 0.0],
+    "a photo of blue": [0.0, 0.0, 1.0],
+    "a photo of red too": [5.0, 0.0, 0.0],
+}
+NAMES = ["red", "green", "blue"]
+
+
+def _images(*features: tuple[float, float, float]) -> torch.Tensor:
+    return torch.tensor(features, dtype=torch.float32).view(-1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"), [([0, 1, 2, 1], 1.0), ([0, 1, 2, 0], 0.75), ([1, 2, 0, 0], 0.0), ([0, 0, 0, 0], 0.25)]
+)
+def test_accuracy_is_the_share_of_nearest_classes(stub_clip: Any, labels: list[int], expected: float) -> None:
+    clip = stub_clip(TABLE)
+    images = _images((3, 1, 0), (0, 1, 0.5), (0, 0.2, 0.9), (0.4, 0.5, 0))
+    assert zero_shot_accuracy(clip, clip.tokenizer, images, torch.tensor(labels), NAMES) == expected
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_tie_is_wrong_for_either_class(stub_clip: Any, label: int) -> None:
+    clip = stub_clip(TABLE)
+    images = _images((1, 1, 0), (0, 0, 1))
+    assert zero_shot_accuracy(clip, clip.tokenizer, images, torch.tensor([label, 2]), NAMES) == 0.5
+
+
+def test_classes_of_the_same_direction_are_a_tie(stub_clip: Any) -> None:
+    clip = stub_clip(TABLE)
+    names = ["red", "red too", "blue"]
+    assert zero_shot_accuracy(clip, clip.tokenizer, _images((1, 0, 0)), torch.tensor([0]), names) == 0.0
+
+
+def test_templates_are_averaged_as_unit_vectors(stub_clip: Any) -> None:
+    clip = stub_clip({
+        "one of a": [100.0, 0.0, 0.0],  # the long vector must not outweigh the other
+        "two of a": [0.0, 1.0, 0.0],
+        "one of b": [1.0, 0.0, 0.0],
+        "two of b": [0.6, 0.0, 0.8],
+    })  # fmt: skip
+    # classes: a = (1, 1, 0) / sqrt 2, b = (2, 0, 1) / sqrt 5
+    images = _images((0.6, 0.8, 0), (1, 0, 0), (1, 0.25, 0))
+    labels = torch.tensor([0, 1, 1])
+    templates = ("one of {}", "two of {}")
+    assert zero_shot_accuracy(clip, clip.tokenizer, images, labels, ["a", "b"], templates) == 1.0
+    assert zero_shot_accuracy(clip, clip.tokenizer, images, 1 - labels, ["a", "b"], templates) == 0.0
+
+
+def test_the_mean_of_prompts_is_normalised(stub_clip: Any) -> None:
+    """Without it a class whose prompts disagree would lose similarity to one whose prompts agree."""
+    clip = stub_clip({
+        "one of a": [0.6, 0.8, 0.0],
+        "two of a": [0.6, -0.8, 0.0],  # the mean is (0.6, 0, 0)
+        "one of b": [0.8, 0.0, 0.6],
+        "two of b": [0.8, 0.0, 0.6],
+    })  # fmt: skip
+    templates = ("one of {}", "two of {}")
+    assert zero_shot_accuracy(clip, clip.tokenizer, _images((1, 0, 0)), torch.tensor([0]), ["a", "b"], templates) == 1.0
+
+
+def test_template_without_a_place_for_the_name_is_refused(stub_clip: Any) -> None:
+    clip = stub_clip(TABLE)
+    with pytest.raises(ValueError, match=r"templates: expected each to hold \{\} for the class name, got 'a photo'"):
+        zero_shot_accuracy(clip, clip.tokenizer, _images((1, 0, 0)), torch.tensor([0]), NAMES, ("a {}", "a photo"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 3], "labels: expected 2 positions below 3, got 2 from 0 to 3"),
+        ([-1, 0], "labels: expected 2 positions below 3, got 2 from -1 to 0"),
+        ([0], "labels: expected 2 positions below 3, got 1 from 0 to 0"),
+        ([], "labels: expected 2 positions below 3, got 0$"),
+    ],
+)
+def test_labels_that_are_not_positions_are_refused(stub_clip: Any, labels: list[int], message: str) -> None:
+    clip = stub_clip(TABLE)
+    images = _images((1, 0, 0), (0, 1, 0))
+    with pytest.raises(ValueError, match=message):
+        zero_shot_accuracy(clip, clip.tokenizer, images, torch.tensor(labels, dtype=torch.int64), NAMES)
