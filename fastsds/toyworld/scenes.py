@@ -16,6 +16,7 @@ from torch import Tensor
 
 IMAGE_SIZE = 32  # pixels
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+PAIR_SHAPES = SHAPES[:4]  # of CLIP's scenes of two things; the others are met alone
 COLOURS = {
     "red": (0.90, 0.10, 0.10),
     "green": (0.10, 0.75, 0.15),
@@ -86,11 +87,11 @@ def random_single(rng: random.Random) -> Scene:
     return Scene((Thing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES))),))
 
 
-def random_pair(rng: random.Random) -> Scene:
+def random_pair(rng: random.Random, shapes: Sequence[str] = PAIR_SHAPES) -> Scene:
     """Two things that differ in shape and in colour, in one of the four relations."""
-    shapes = rng.sample(SHAPES, 2)
+    chosen = rng.sample(shapes, 2)
     colours = rng.sample(tuple(COLOURS), 2)
-    first, second = (Thing(shape, colour) for shape, colour in zip(shapes, colours, strict=True))
+    first, second = (Thing(shape, colour) for shape, colour in zip(chosen, colours, strict=True))
     return Scene((first, second), rng.choice(tuple(RELATIONS)))
 
 

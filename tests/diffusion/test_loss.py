@@ -57,11 +57,10 @@ def _by_hand(
             t = draw.t[i, d]
             alpha, sigma = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
             noised = alpha * latents[i : i + 1] + sigma * eps[i, d][None]
-            with_text, without = (
-                teacher.unet(noised, t, encoder_hidden_states=condition).sample
-                for condition in (text[i : i + 1], unconditional)
-            )
-            output = without + guidance_scale * (with_text - without)
+            output = teacher.unet(noised, t, encoder_hidden_states=text[i : i + 1]).sample
+            if guidance_scale != 1:
+                without = teacher.unet(noised, t, encoder_hidden_states=unconditional).sample
+                output = without + guidance_scale * (output - without)
             eps_hat = output if teacher.schedule.prediction_type == "epsilon" else alpha * output + sigma * noised
             residual = eps_hat - eps[i, d]
             losses.append(weights[t] * residual.square().mean())
@@ -86,7 +85,7 @@ def _reference(teacher: DiffusionTeacher, latents: Tensor, options: dict[str, An
     )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted range", "guided", "unconditional, own weights"])
 def test_full_jacobian_is_plain_backpropagation(double_teacher: DiffusionTeacher, options: dict[str, Any]) -> None:
     latents = _latents()
     expected, _ = _reference(double_teacher, latents, options)
@@ -99,7 +98,7 @@ def test_full_jacobian_is_plain_backpropagation(double_teacher: DiffusionTeacher
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5 * expected_gradient.abs().max().item())
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted range", "guided", "unconditional, own weights"])
 def test_skipped_jacobian_is_the_residual(double_teacher: DiffusionTeacher, options: dict[str, Any]) -> None:
     latents = _latents()
     expected, residuals = _reference(double_teacher, latents, options)
@@ -115,10 +114,9 @@ def test_skipped_jacobian_is_the_residual(double_teacher: DiffusionTeacher, opti
 
 
 @pytest.mark.parametrize("jacobian", ["full", "skip"])
-@pytest.mark.parametrize("strategy", ["uniform", "stratified"])
 @pytest.mark.parametrize("teacher_batch", [1, 2, 3, 7])
-def test_pieces_equal_the_whole(teacher64: DiffusionTeacher, jacobian: Any, strategy: Any, teacher_batch: int) -> None:
-    options: dict[str, Any] = {"draws": 2, "guidance_scale": 2.0, "jacobian": jacobian, "strategy": strategy}
+def test_pieces_equal_the_whole(teacher64: DiffusionTeacher, jacobian: Any, teacher_batch: int) -> None:
+    options: dict[str, Any] = {"draws": 2, "guidance_scale": 2.0, "jacobian": jacobian, "strategy": "stratified"}
     latents = _latents()
     whole = SDSLoss(teacher64, **options)(latents, CAPTIONS, seed=SEED)
     pieces = SDSLoss(teacher64, teacher_batch=teacher_batch, **options)(latents, CAPTIONS, seed=SEED)
@@ -192,7 +190,7 @@ def test_value_alone(
     torch.testing.assert_close(loss, expected.detach())
 
 
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [8, 24])
 @pytest.mark.parametrize("teacher_batch", [1, 3])
 def test_gradients_inside_the_cut_are_of_order_one(
     teacher: DiffusionTeacher,
@@ -227,7 +225,8 @@ def test_gradient_flows_on_into_what_made_the_latents(teacher64: DiffusionTeache
 
 def test_second_derivative_is_refused(teacher: DiffusionTeacher) -> None:
     latents = _latents(dtype=torch.float32)
-    (gradient,) = torch.autograd.grad(SDSLoss(teacher)(latents, CAPTIONS), latents, create_graph=True)
+    loss = SDSLoss(teacher)(latents, CAPTIONS)
+    (gradient,) = torch.autograd.grad(loss.square(), latents, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 

@@ -106,13 +106,13 @@ def test_images_are_encoded_first(teacher64: DiffusionTeacher, unet_batch: int) 
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        ([["a"]], "captions: expected for each of 2 images equally many captions, got 1 lists of lengths [1]"),
-        ([["a"], ["a", "b"]], "captions: expected for each of 2 images equally many captions, got 2 lists of lengths [1, 2]"),
-        ([[], []], "captions: expected for each of 2 images equally many captions, got 2 lists of lengths [0]"),
+        ([["a"]], "for each of 2 images equally many captions, got 1 lists of lengths [1]"),
+        ([["a"], ["a", "b"]], "for each of 2 images equally many captions, got 2 lists of lengths [1, 2]"),
+        ([[], []], "for each of 2 images equally many captions, got 2 lists of lengths [0]"),
     ],
 )  # fmt: skip
 def test_refused_captions(teacher: DiffusionTeacher, captions: list[list[str]], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape("captions: expected " + message)):
         DiffusionScorer(teacher).score_latents(_latents(dtype=torch.float32), captions)
 
 

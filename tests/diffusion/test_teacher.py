@@ -264,7 +264,11 @@ def _unet(**changes: Any) -> Any:
         ({"in_channels": 9}, "unet: it takes 9 channels and predicts 4 (an inpainting, "),
         ({"out_channels": 8}, "unet: it takes 4 channels and predicts 8 ("),
         (
-            {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 96},
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 96,
+            },
             "unet: it wants conditions beside the text (addition_embed_type='text_time', as in SDXL); supported are",
         ),
         ({"num_class_embeds": 3}, "unet: it wants conditions beside the text"),

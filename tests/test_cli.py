@@ -1,0 +1,36 @@
+"""The command line: what it prints, and one line for an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastsds import cli
+
+
+def test_info_names_the_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("torch", "open_clip_torch", "add_noise", "sds_loss", "sample_timesteps", "reference"):
+        assert word in printed
+
+
+def test_demo_refuses_an_existing_folder_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path), "--overwrite"]) == 1
+    assert capsys.readouterr().err == f"fastsds: out: {tmp_path} exists; name another folder\n"
+
+
+@pytest.mark.parametrize("option", ["seeds", "steps", "workers"])
+def test_demo_refuses_numbers_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", f"--{option}", "0"]) == 1
+    assert f"{option}: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "demo" in printed
+    assert "info" in printed
