@@ -24,11 +24,14 @@ class SeedStream:
         return torch.randint(2**63 - 1, (), generator=self._generators[device], device=device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generators' states by device name."""
-        return {str(device): generator.get_state() for device, generator in self._generators.items()}
+        """The generators' states by device name, each as bytes; those not used yet follow from the seed."""
+        states = {str(device): generator.get_state() for device, generator in self._generators.items()}
+        return {"seed": torch.tensor(list(self._seed.to_bytes(8, "little", signed=True)), dtype=torch.uint8), **states}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Goes on where `state_dict` was taken."""
-        self._generators = {torch.device(name): torch.Generator(name) for name in state}
+        states = dict(state)
+        self._seed = int.from_bytes(bytes(states.pop("seed").tolist()), "little", signed=True)
+        self._generators = {torch.device(name): torch.Generator(name) for name in states}
         for device, generator in self._generators.items():
             generator.set_state(state[str(device)].cpu())

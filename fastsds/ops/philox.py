@@ -64,7 +64,7 @@ def _multiply(value: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
 
 
 def _uniform(word: Tensor) -> Tensor:
-    """(word + 1/2) / 2**32 rounded to float32: in (0, 1], so that its logarithm is finite."""
+    """(word + 1/2) / 2**32, the word first rounded to float32: in (0, 1], so that its logarithm is finite."""
     return word.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 

@@ -154,8 +154,8 @@ def reference(
         t = t_min + (jitter * span >> 32)
     elif strategy == "antithetic":
         index = torch.arange(count, device=seed.device)
-        word = jitter[index // 2]
-        t = t_min + (torch.where(index % 2 == 0, word, 0xFFFFFFFF - word) * span >> 32)
+        offset = jitter[index // 2] * span >> 32
+        t = t_min + torch.where(index % 2 == 0, offset, span - 1 - offset)
     elif strategy == "stratified":
         t = t_min + (_strata(seed, batch, draws) * span + (jitter * span >> 32)) // max(count, 1)
     else:

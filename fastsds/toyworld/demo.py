@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -23,7 +23,6 @@ from fastsds.evaluation.statistics import summarise
 from fastsds.toyworld import load_clip, load_teacher
 from fastsds.toyworld.experiment import Arm, Evaluation, Setting, measure_teacher, teacher_scores, train_arm
 from fastsds.toyworld.figures import bars, curves, examples
-from fastsds.toyworld.tasks import training_scenes
 from fastsds.training.metrics import read_metrics
 from fastsds.training.report import Page, markdown_table, png, write_report
 
@@ -46,6 +45,8 @@ ARMS = (
         tune="all", sds_weight=1e-3, ranking="teacher", relation_stated=False,
     ),
 )  # fmt: skip
+TEACHER_PAIRS = 100  # of each kind, that the teacher itself is measured on
+MAIN_ARMS = ("control", "sds", "sds_ranking")
 COLUMNS = {
     "zero_shot": "zero-shot",
     "attribute_pair": "attribute pair",
@@ -68,6 +69,8 @@ class DemoConfig:
     """Optimizer steps of every arm."""
     workers: int = os.cpu_count() or 1
     """Arms trained side by side, each on one thread."""
+    arms: Literal["main", "all"] = "main"
+    """The control, the paper's recipe and teacher ranking; or further controls, and captions without relation, too."""
     overwrite: bool = False
     """Replace the report that is in `out`."""
 
@@ -76,8 +79,12 @@ class DemoConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
+    @property
+    def chosen_arms(self) -> tuple[Arm, ...]:
+        return ARMS if self.arms == "all" else tuple(arm for arm in ARMS if arm.name in MAIN_ARMS)
 
-def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
+
+def run_demo(config: DemoConfig, console: Console | None = None, setting: Setting | None = None) -> dict[str, Any]:
     """Trains and measures every arm, writes `report.html`, `report.json`, `report.md` and `bars.png`.
 
     Returns:
@@ -89,19 +96,23 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
     console = console or Console()
     _refuse_existing(config)
     started = time.monotonic()
-    setting = Setting(steps=config.steps)
+    setting = setting or Setting(steps=config.steps)
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
         runs = Path(scratch)
         start, teacher = _measure_start(setting, console)
         results = _train_all(config, setting, runs, console)
         report = _summarise(config, setting, start["figures"], results, teacher)
         report["minutes"] = round((time.monotonic() - started) / 60, 2)
-        histories = {arm.name: read_metrics(runs / f"{arm.name}-0" / "metrics.jsonl", "evaluation") for arm in ARMS}
-        losses = {arm.name: read_metrics(runs / f"{arm.name}-0" / "metrics.jsonl", "train") for arm in ARMS}
+        histories = {
+            arm.name: read_metrics(runs / f"{arm.name}-0" / "metrics.jsonl", "evaluation") for arm in config.chosen_arms
+        }
+        losses = {
+            arm.name: read_metrics(runs / f"{arm.name}-0" / "metrics.jsonl", "train") for arm in config.chosen_arms
+        }
     _print(report, console)
     header, rows = table_rows(report)
-    page = _page(report, start, results, histories, losses)
-    picture = png(bars(report, ARMS, COLUMNS))
+    page = _page(config.chosen_arms, report, start, results, histories, losses)
+    picture = png(bars(report, config.chosen_arms, COLUMNS))
     write_report(
         config.out,
         {
@@ -163,46 +174,44 @@ def _measure_start(setting: Setting, console: Console) -> tuple[dict[str, Any], 
         "preferences": evaluation.preferences(clip, tokenizer, "relation").tolist(),
         "pairs": evaluation.pairs["relation"],
     }
-    return start, measure_teacher(load_teacher(setting.teacher_folder), evaluation, pairs=100)
+    return start, measure_teacher(load_teacher(setting.teacher_folder), evaluation, TEACHER_PAIRS)
 
 
 def _train_all(config: DemoConfig, setting: Setting, runs: Path, console: Console) -> dict[str, list[dict[str, Any]]]:
     """Every arm under every seed; results by arm, in the order of the seeds."""
-    results: dict[str, list[Any]] = {arm.name: [None] * config.seeds for arm in ARMS}
+    arms = config.chosen_arms
+    results: dict[str, list[Any]] = {arm.name: [None] * config.seeds for arm in arms}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(config.workers, mp_context=context) as pool,
+        ProcessPoolExecutor(
+            config.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
         Progress(*columns, console=console) as progress,
     ):
-        scoring = progress.add_task("the teacher scores the candidates", total=config.seeds)
-        training = progress.add_task("training", total=len(ARMS) * config.seeds)
-        scored = {pool.submit(_score, setting, seed): seed for seed in range(config.seeds)}
-        running = {}
-        for future in as_completed(scored):
-            seed, judged = scored[future], future.result()
+        running: dict[Future[Any], tuple[Arm, int]] = {}
+
+        def train(arm: Arm, seed: int, scores: Tensor | None) -> None:
+            out = runs / f"{arm.name}-{seed}"
+            running[pool.submit(train_arm, arm, seed, setting, out, scores)] = arm, seed
+
+        ranked = [arm for arm in arms if arm.ranking == "teacher"]
+        scoring = progress.add_task("the teacher scores the candidates", total=config.seeds if ranked else 0)
+        training = progress.add_task("training", total=len(arms) * config.seeds)
+        scored = {pool.submit(teacher_scores, setting, seed): seed for seed in range(config.seeds) if ranked}
+        for seed in range(config.seeds):
+            for arm in arms:
+                if arm not in ranked:
+                    train(arm, seed, None)
+        for scoring_job in as_completed(scored):
             progress.advance(scoring)
-            for arm in ARMS:
-                job = pool.submit(_train, arm, seed, setting, runs / f"{arm.name}-{seed}", judged)
-                running[job] = arm, seed
-        for future in as_completed(running):
-            arm, seed = running[future]
-            results[arm.name][seed] = future.result()
+            for arm in ranked:
+                train(arm, scored[scoring_job], scoring_job.result())
+        for training_job in as_completed(running):
+            arm, seed = running[training_job]
+            results[arm.name][seed] = training_job.result()
             progress.update(training, advance=1, description=f"trained {arm.name}")
     return results
-
-
-def _score(setting: Setting, seed: int) -> dict[str, Tensor]:
-    torch.set_num_threads(1)
-    teacher = load_teacher(setting.teacher_folder)
-    scenes = training_scenes(setting.train_scenes, seed)
-    latents, scores = teacher_scores(teacher, scenes, setting.score_draws, seed)
-    return {"latents": latents, "scores": scores}
-
-
-def _train(arm: Arm, seed: int, setting: Setting, out: Path, judged: dict[str, Tensor]) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    return train_arm(arm, seed, setting, out, judged)
 
 
 def _summarise(
@@ -218,7 +227,7 @@ def _summarise(
         return setting.eval_pairs * (2 if figure.endswith("_pair") else 1)
 
     arms = {"start": {name: summarise([value], samples(name)) for name, value in start.items()}}
-    for arm in ARMS:
+    for arm in config.chosen_arms:
         arms[arm.name] = {
             name: summarise([result["figures"][name] for result in results[arm.name]], samples(name)) for name in start
         }
@@ -227,7 +236,8 @@ def _summarise(
         "steps": config.steps,
         "arms": arms,
         "teacher": {
-            name: summarise([value], 100 * (2 if name.endswith("_pair") else 1)) for name, value in teacher.items()
+            name: summarise([value], TEACHER_PAIRS * (2 if name.endswith("_pair") else 1))
+            for name, value in teacher.items()
         },
     }
 
@@ -243,6 +253,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
 
 
 def _page(
+    arms: Sequence[Arm],
     report: dict[str, Any],
     start: dict[str, Any],
     results: dict[str, list[dict[str, Any]]],
@@ -263,13 +274,13 @@ def _page(
     page.heading("What each arm scores")
     page.paragraph(f"Percent; {interval}. Chance is 50 for pair, 25 for text and image, 17 for group; a tie is wrong.")
     page.table(*table_rows(report))
-    page.figure(bars(report, ARMS, COLUMNS), "bars of the main figures by arm with their intervals")
+    page.figure(bars(report, arms, COLUMNS), "bars of the main figures by arm with their intervals")
     page.heading("Along the run")
     page.paragraph("Accuracy on validation pairs and the training losses of the first seed.")
-    page.figure(curves(histories, losses, ARMS), "curves of validation accuracy and losses by arm")
+    page.figure(curves(histories, losses, arms), "curves of validation accuracy and losses by arm")
     page.heading("Which caption each model picks")
     page.paragraph("Held-out scenes, first seed; the caption in bold is true, and a mark says that a model picks it.")
-    preferences = {"start": start["preferences"]} | {arm.name: results[arm.name][0]["preferences"] for arm in ARMS}
+    preferences = {"start": start["preferences"]} | {arm.name: results[arm.name][0]["preferences"] for arm in arms}
     page.figure(
         examples(preferences, start["pairs"]), "example scenes with both captions and the models that pick the true one"
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
@@ -17,6 +17,7 @@ from fastsds.data.captions import CaptionDataset, collate_captions
 from fastsds.diffusion.schedule import Weighting
 from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.teacher import DiffusionTeacher
+from fastsds.diffusion.timesteps import SeedStream
 from fastsds.evaluation.winoground import (
     WinogroundScores,
     prefers_own_caption,
@@ -27,6 +28,7 @@ from fastsds.evaluation.zeroshot import zero_shot_accuracy
 from fastsds.sdsclip.distiller import SDSDistiller, SDSOn
 from fastsds.sdsclip.ranking import swap_phrases
 from fastsds.toyworld import CLIP_FOLDER, NOISIEST, TEACHER_FOLDER, load_clip, load_teacher
+from fastsds.toyworld.scenes import RELATIONS
 from fastsds.toyworld.tasks import (
     CompositionPairs,
     SingleThings,
@@ -40,7 +42,7 @@ from fastsds.toyworld.tasks import (
 from fastsds.training.distill import DistillConfig, DistillTrainer
 
 ZERO_SHOT_TEMPLATES = ("a photo of {}",)
-SCORE_DRAWS = 16  # noise draws per image where the teacher is evaluated
+SCORE_DRAWS = 8  # noise draws per image where the teacher is evaluated
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Setting:
 
     steps: int
     batch: int = 64
-    train_scenes: int = 4096
+    train_scenes: int = 2048
     eval_pairs: int = 400
     eval_singles: int = 1000
     score_draws: int = 2
@@ -139,22 +141,27 @@ def measure_teacher(teacher: DiffusionTeacher, evaluation: Evaluation, pairs: in
     return figures
 
 
-def teacher_scores(teacher: DiffusionTeacher, scenes: TrainingScenes, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """VAE latents of the scenes, and the teacher's score of each of their candidates."""
-    scorer = DiffusionScorer(teacher, draws, t_range=NOISIEST, unet_batch=256, seed=seed)
-    latents = torch.cat([teacher.encode_images(piece) for piece in scenes.images.split(256)])
-    pieces = [
-        scorer.score_latents(latents[start : start + 256], scenes.candidates[start : start + 256])
-        for start in range(0, len(latents), 256)
-    ]
-    return latents, torch.cat(pieces)
+def teacher_scores(setting: Setting, seed: int) -> Float[Tensor, "scenes candidates"]:
+    """The teacher's score of each candidate of the training scenes of a seed; the noise is another for every piece."""
+    scenes = training_scenes(setting.train_scenes, seed)
+    scorer = DiffusionScorer(
+        load_teacher(setting.teacher_folder), setting.score_draws, t_range=NOISIEST, unet_batch=256
+    )
+    noise = SeedStream(seed)
+    pieces = []
+    for start in range(0, len(scenes.images), 256):
+        rows = slice(start, start + 256)
+        latents = scorer.teacher.encode_images(scenes.images[rows])
+        pieces.append(scorer.score_latents(latents, scenes.candidates[rows], seed=noise.next(latents.device)))
+    return torch.cat(pieces)
 
 
-def train_arm(arm: Arm, seed: int, setting: Setting, out: Path, judged: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Trains one arm from the shipped CLIP and returns its figures, its curve and the captions it prefers.
+def train_arm(arm: Arm, seed: int, setting: Setting, out: Path, scores: Tensor | None) -> dict[str, Any]:
+    """Trains one arm from the shipped CLIP; returns its figures and which of the test scenes' captions it prefers.
 
     Args:
-        judged: `latents` and `scores` of the training scenes of this seed, from `teacher_scores`.
+        out: folder of the run, with its metrics.
+        scores: `teacher_scores` of this seed, where the arm's ranking is the teacher's.
     """
     torch.manual_seed(seed)
     clip, preprocess, tokenizer = load_clip(setting.clip_folder)
@@ -166,10 +173,12 @@ def train_arm(arm: Arm, seed: int, setting: Setting, out: Path, judged: Mapping[
         seed=seed,
     )  # fmt: skip
     scenes = training_scenes(setting.train_scenes, seed, relation_stated=arm.relation_stated)
-    dataset = _dataset(arm, scenes, preprocess, tokenizer, judged["scores"])
+    dataset = _dataset(arm, scenes, preprocess, tokenizer, scores)
     if distiller.projector is not None and arm.ridge_start:
-        images = preprocess_all(preprocess, scenes.images).split(256)
-        distiller.fit_projector(zip(images, judged["latents"].split(256), strict=True))
+        assert teacher is not None
+        images = preprocess_all(preprocess, scenes.images)
+        pieces = zip(images.split(256), scenes.images.split(256), strict=True)
+        distiller.fit_projector((piece, teacher.encode_images(raw)) for piece, raw in pieces)
     loader = DataLoader(dataset, setting.batch, shuffle=True, drop_last=True, collate_fn=collate_captions)
     validation = Evaluation(preprocess, "validation", 100, 100)
     config = DistillConfig(
@@ -184,9 +193,12 @@ def train_arm(arm: Arm, seed: int, setting: Setting, out: Path, judged: Mapping[
     }
 
 
-def _dataset(arm: Arm, scenes: TrainingScenes, preprocess: Any, tokenizer: Any, scores: Tensor) -> CaptionDataset:
+def _dataset(
+    arm: Arm, scenes: TrainingScenes, preprocess: Any, tokenizer: Any, scores: Tensor | None
+) -> CaptionDataset:
     candidates, extra = None, {}
     if arm.ranking == "teacher":
+        assert scores is not None
         candidates, extra = scenes.candidates, {"candidate_scores": scores}
     elif arm.ranking == "labels":
         candidates, labels = _labelled(scenes)
@@ -196,13 +208,16 @@ def _dataset(arm: Arm, scenes: TrainingScenes, preprocess: Any, tokenizer: Any, 
 
 
 def _labelled(scenes: TrainingScenes) -> tuple[list[list[str]], Tensor]:
-    """The caption that an image came with, labelled right, against itself with the noun phrases swapped."""
+    """The caption that an image came with, labelled right, against itself with the noun phrases swapped.
+
+    Where captions state the relation these are the teacher's candidates; where they do not, the swap of `a red circle
+    and a blue square` is as true as the caption, which is all that labels can say there. Single things keep theirs.
+    """
     rng = random.Random(0)
     candidates, labels = [], []
-    for caption in scenes.captions:
-        swapped = swap_phrases(caption, ("left of", "right of", "above", "below", "and"))
-        assert swapped is not None
-        row = [caption, swapped]
+    for caption, given, label in zip(scenes.captions, scenes.candidates, scenes.labels.tolist(), strict=True):
+        other = swap_phrases(caption, (*RELATIONS, "and")) or given[1 - label]
+        row = [caption, other]
         rng.shuffle(row)
         candidates.append(row)
         labels.append(row.index(caption))

@@ -29,7 +29,7 @@ def bars(report: Mapping[str, Any], arms: Sequence[Arm], columns: Mapping[str, s
             [max(0.0, 100 * (entry["mean"] - entry["low"])) for entry in figures],
             [max(0.0, 100 * (entry["high"] - entry["mean"])) for entry in figures],
         ]
-        axis.barh(names, means, xerr=errors, color=[_GREY, *_COLOURS], error_kw={"lw": 1, "capsize": 2})
+        axis.barh(names, means, xerr=errors, color=[_GREY, *_COLOURS[: len(arms)]], error_kw={"lw": 1, "capsize": 2})
         if column in report["teacher"]:
             axis.axvline(100 * report["teacher"][column]["mean"], color="#2a9d8f", lw=1.5, label="teacher")
         if column != "zero_shot":
@@ -49,7 +49,7 @@ def curves(
     """Validation accuracy on relation pairs, and the parts of the loss, against steps."""
     figure = _figure(12, 3.6)
     accuracy, contrastive, ranking = figure.subplots(1, 3)
-    for arm, colour in zip(arms, _COLOURS, strict=True):
+    for arm, colour in zip(arms, _COLOURS, strict=False):
         history, loss = histories[arm.name], losses[arm.name]
         accuracy.plot(
             [record["step"] for record in history],

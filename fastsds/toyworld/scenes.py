@@ -16,7 +16,6 @@ from torch import Tensor
 
 IMAGE_SIZE = 32  # pixels
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
-PAIR_SHAPES = SHAPES[:4]  # of CLIP's scenes of two things; the others are met alone
 COLOURS = {
     "red": (0.90, 0.10, 0.10),
     "green": (0.10, 0.75, 0.15),
@@ -81,17 +80,22 @@ class Scene:
         swapped = (replace(first, colour=second.colour), replace(second, colour=first.colour))
         return Scene(swapped, self.relation)
 
+    def recolour(self, rng: random.Random) -> Scene:
+        """The scene with the single thing in another colour."""
+        (thing,) = self.things
+        others = [colour for colour in COLOURS if colour != thing.colour]
+        return Scene((replace(thing, colour=rng.choice(others)),))
+
 
 def random_single(rng: random.Random) -> Scene:
     """One thing of any shape and colour, small or large."""
     return Scene((Thing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(SIZES))),))
 
 
-def random_pair(rng: random.Random, shapes: Sequence[str] = PAIR_SHAPES) -> Scene:
+def random_pair(rng: random.Random, shapes: Sequence[str] = SHAPES, colours: Sequence[str] = tuple(COLOURS)) -> Scene:
     """Two things that differ in shape and in colour, in one of the four relations."""
-    chosen = rng.sample(shapes, 2)
-    colours = rng.sample(tuple(COLOURS), 2)
-    first, second = (Thing(shape, colour) for shape, colour in zip(chosen, colours, strict=True))
+    chosen = zip(rng.sample(shapes, 2), rng.sample(colours, 2), strict=True)
+    first, second = (Thing(shape, colour) for shape, colour in chosen)
     return Scene((first, second), rng.choice(tuple(RELATIONS)))
 
 

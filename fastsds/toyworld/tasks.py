@@ -12,10 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from fastsds.toyworld.scenes import COLOURS, SHAPES, Scene, Thing, random_pair, random_single, render
+from fastsds.toyworld.scenes import COLOURS, SHAPES, Scene, Thing, random_pair, random_single, render, training_caption
 
 Swap = Literal["relation", "attribute"]
 Split = Literal["train", "validation", "test"]
+# Binding all 36 things takes a longer training than a demo has: pairs are made of these 12, the others are met alone.
+PAIR_SHAPES, PAIR_COLOURS = SHAPES[:3], tuple(COLOURS)[:4]
+SINGLE_SHARE = 0.3  # of the scenes to distil on
 _SPLIT_SEEDS = {"train": 10_000, "validation": 20_000, "test": 30_000}
 
 
@@ -45,7 +48,7 @@ class SingleThings:
 def composition_pairs(swap: Swap, count: int, split: Split = "test") -> CompositionPairs:
     """Examples whose captions exchange the noun phrases (`relation`) or the colours (`attribute`)."""
     rng = random.Random(f"{swap} {_SPLIT_SEEDS[split]}")
-    firsts = [random_pair(rng) for _ in range(count)]
+    firsts = [random_pair(rng, PAIR_SHAPES, PAIR_COLOURS) for _ in range(count)]
     scenes = [(scene, scene.swap_relation() if swap == "relation" else scene.swap_attributes()) for scene in firsts]
     images = render([scene for pair in scenes for scene in pair], seed=rng.getrandbits(32))
     return CompositionPairs(swap, scenes, images.unflatten(0, (count, 2)))
@@ -66,8 +69,8 @@ def single_things(count: int, split: Split = "test") -> SingleThings:
 class TrainingScenes:
     """Scenes to distil on: an image, the caption it comes with, and two candidate captions in random order.
 
-    The candidates are the true caption and the one with its noun phrases exchanged; `labels` says which is true, and
-    only the labelled control reads it.
+    The candidates are the true caption and, for two things, the one with the noun phrases exchanged, for a single
+    thing, the one with another colour; `labels` says which is true, and nothing that is trained reads it.
     """
 
     images: Float[Tensor, "scenes 3 height width"]  # in [0, 1]
@@ -77,20 +80,25 @@ class TrainingScenes:
 
 
 def training_scenes(count: int, seed: int = 0, *, relation_stated: bool = True) -> TrainingScenes:
-    """Scenes of two things; their captions state the relation, or only name the things."""
+    """Scenes of two things, whose captions state the relation or only name the things, and of single ones."""
     rng = random.Random(f"train {_SPLIT_SEEDS['train'] + seed}")
-    scenes = [random_pair(rng) for _ in range(count)]
+    scenes = [
+        random_single(rng) if rng.random() < SINGLE_SHARE else random_pair(rng, PAIR_SHAPES, PAIR_COLOURS)
+        for _ in range(count)
+    ]
     images = render(scenes, seed=rng.getrandbits(32))
-    candidates, labels = [], []
+    captions, candidates, labels = [], [], []
     for scene in scenes:
-        row = [scene.caption, scene.swap_relation().caption]
+        other = scene.swap_relation() if scene.relation else scene.recolour(rng)
+        wording = rng.getrandbits(32)
+        true, false = (training_caption(one, random.Random(wording)) for one in (scene, other))
+        row = [true, false]
         rng.shuffle(row)
         candidates.append(row)
-        labels.append(row.index(scene.caption))
-    if relation_stated:
-        captions = [scene.caption for scene in scenes]
-    else:  # named in random order, so that the mention tells nothing either
-        captions = [rng.choice((scene, scene.swap_relation())).unstated_caption for scene in scenes]
+        labels.append(row.index(true))
+        # Unstated captions name the things in random order, so that the mention tells nothing either.
+        named = rng.choice((scene, other))
+        captions.append(named.unstated_caption if scene.relation and not relation_stated else true)
     return TrainingScenes(images, captions, candidates, torch.tensor(labels))
 
 

@@ -26,15 +26,7 @@ from torchvision.utils import save_image
 
 from fastsds.toyworld import load_clip, load_teacher, models
 from fastsds.toyworld.experiment import Evaluation, measure_teacher
-from fastsds.toyworld.scenes import (
-    PAIR_SHAPES,
-    SHAPES,
-    Scene,
-    random_pair,
-    random_single,
-    render,
-    training_caption,
-)
+from fastsds.toyworld.scenes import Scene, random_pair, random_single, render, training_caption
 
 console = Console()
 PARTS = ("clip", "vae", "teacher", "report")
@@ -73,11 +65,9 @@ class TrainConfig:
     seed: int = 0
 
 
-def scenes(
-    count: int, rng: random.Random, single_share: float, pair_shapes: Sequence[str] = PAIR_SHAPES
-) -> list[Scene]:
+def scenes(count: int, rng: random.Random, single_share: float) -> list[Scene]:
     """Random scenes, `single_share` of them of one thing."""
-    return [random_single(rng) if rng.random() < single_share else random_pair(rng, pair_shapes) for _ in range(count)]
+    return [random_single(rng) if rng.random() < single_share else random_pair(rng) for _ in range(count)]
 
 
 def main(config: TrainConfig) -> None:
@@ -139,7 +129,7 @@ def train_vae(config: TrainConfig, folder: Path) -> None:
     vae = AutoencoderKL(**models.VAE_CONFIG)
 
     def loss() -> Tensor:
-        images = render(scenes(config.vae_batch, rng, 0.25, SHAPES), rng.getrandbits(32)) * 2 - 1
+        images = render(scenes(config.vae_batch, rng, 0.25), rng.getrandbits(32)) * 2 - 1
         posterior = vae.encode(images).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
         difference = reconstruction - images
@@ -147,7 +137,7 @@ def train_vae(config: TrainConfig, folder: Path) -> None:
 
     optimise(vae.parameters(), loss, config.vae_steps, config.vae_lr, "VAE")
     with torch.no_grad():
-        images = render(scenes(2000, rng, 0.25, SHAPES), rng.getrandbits(32)) * 2 - 1
+        images = render(scenes(2000, rng, 0.25), rng.getrandbits(32)) * 2 - 1
         posterior = vae.encode(images).latent_dist
         vae.register_to_config(scaling_factor=1 / posterior.sample().std().item())
         error = (vae.decode(posterior.mode()).sample - images).square().mean()
@@ -177,7 +167,7 @@ def train_teacher(config: TrainConfig, folder: Path) -> None:
     scheduler = DDIMScheduler(**models.SCHEDULER_CONFIG)
     vae = AutoencoderKL.from_pretrained(folder / "vae")
 
-    training = scenes(config.teacher_scenes, rng, single_share=0.15, pair_shapes=SHAPES)
+    training = scenes(config.teacher_scenes, rng, single_share=0.15)
     captions = [training_caption(scene, rng) for scene in training]
     captions = ["" if rng.random() < 0.05 else caption for caption in captions]  # for classifier-free guidance
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids

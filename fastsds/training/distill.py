@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 from fastsds.sdsclip.distiller import SDSDistiller
 from fastsds.training.trainer import Evaluate, TrainConfig, Trainer
@@ -27,7 +28,7 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         distiller: SDSDistiller,
-        loader: Iterable[Mapping[str, Any]],
+        loader: DataLoader[Any],
         config: DistillConfig | None = None,
         evaluate: Evaluate | None = None,
     ) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from fastsds.training import checkpoint
@@ -98,7 +99,7 @@ class Trainer:
     def __init__(
         self,
         module: nn.Module,
-        loader: Iterable[Mapping[str, Any]],
+        loader: DataLoader[Any],
         config: TrainConfig,
         evaluate: Evaluate | None = None,
     ) -> None:
@@ -111,6 +112,8 @@ class Trainer:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
             step_scheduler_with_optimizer=False,
         )
+        if not isinstance(loader, DataLoader):
+            raise TypeError(f"loader: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")
         trained = self._trainable.trained_parameters()
         if not trained:
             raise ValueError("module: expected parameters to train, got none")
