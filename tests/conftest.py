@@ -22,7 +22,7 @@ def _deterministic() -> None:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    models.write_tokenizer(folder)
+    models.write_tokenizer(folder, models.CONTEXT_LENGTH)
     return folder
 
 

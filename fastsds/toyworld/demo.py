@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,20 +29,20 @@ from fastsds.training.report import Page, markdown_table, png, write_report
 ARMS = (
     Arm("control", "contrastive only, LayerNorm"),
     Arm("sds", "SDS-CLIP as published, LayerNorm", sds_weight=1e-3),
-    Arm("control_all", "contrastive only, all weights", tune="all"),
-    Arm("control_labels", "labelled hard negatives, all weights", tune="all", ranking="labels"),
+    Arm("control_all", "contrastive only, all weights", tune="all", lr=6e-4),
+    Arm("control_labels", "labelled hard negatives, all weights", tune="all", lr=6e-4, ranking="labels"),
     Arm(
         "sds_ranking", "SDS-CLIP + teacher ranking (ours), all weights",
-        tune="all", sds_weight=1e-3, ranking="teacher",
+        tune="all", lr=6e-4, sds_weight=1e-3, ranking="teacher",
     ),
-    Arm("control_unstated", "contrastive only, all weights", tune="all", relation_stated=False),
+    Arm("control_unstated", "contrastive only, all weights", tune="all", lr=6e-4, relation_stated=False),
     Arm(
         "control_labels_unstated", "labelled hard negatives, all weights",
-        tune="all", ranking="labels", relation_stated=False,
+        tune="all", lr=6e-4, ranking="labels", relation_stated=False,
     ),
     Arm(
         "sds_ranking_unstated", "SDS-CLIP + teacher ranking (ours), all weights",
-        tune="all", sds_weight=1e-3, ranking="teacher", relation_stated=False,
+        tune="all", lr=6e-4, sds_weight=1e-3, ranking="teacher", relation_stated=False,
     ),
 )  # fmt: skip
 TEACHER_PAIRS = 100  # of each kind, that the teacher itself is measured on
@@ -65,12 +65,13 @@ class DemoConfig:
     """Folder of the report."""
     seeds: int = 1
     """Runs of every arm; with several, intervals are over seeds."""
-    steps: int = 250
+    steps: int = 600
     """Optimizer steps of every arm."""
     workers: int = os.cpu_count() or 1
     """Arms trained side by side, each on one thread."""
-    arms: Literal["main", "all"] = "main"
-    """The control, the paper's recipe and teacher ranking; or further controls, and captions without relation, too."""
+    arms: tuple[str, ...] = MAIN_ARMS
+    """What to train beside the start: control, sds, control_all, control_labels, sds_ranking, and on captions without
+    relation control_unstated, control_labels_unstated, sds_ranking_unstated."""
     overwrite: bool = False
     """Replace the report that is in `out`."""
 
@@ -78,10 +79,13 @@ class DemoConfig:
         for name in ("seeds", "steps", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        names = [arm.name for arm in ARMS]
+        if not self.arms or not set(self.arms) <= set(names):
+            raise ValueError(f"arms: expected some of {', '.join(names)}; got {', '.join(self.arms) or 'none'}")
 
     @property
     def chosen_arms(self) -> tuple[Arm, ...]:
-        return ARMS if self.arms == "all" else tuple(arm for arm in ARMS if arm.name in MAIN_ARMS)
+        return tuple(arm for arm in ARMS if arm.name in self.arms)
 
 
 def run_demo(config: DemoConfig, console: Console | None = None, setting: Setting | None = None) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class Arm:
     name: str
     title: str
     tune: str = "layernorm"
-    lr: float = 3e-4
+    lr: float = 1e-3
     sds_weight: float = 0.0
     sds_on: SDSOn = "image"
     t_range: tuple[int, int] | None = None
@@ -61,8 +63,8 @@ class Arm:
     """Whether the projector starts as the ridge regression."""
     ranking: str | None = None
     """Targets of the candidates: `teacher`, `labels`, or None for no ranking."""
-    ranking_weight: float = 1.0
-    ranking_temperature: float = 0.005
+    ranking_weight: float = 4.0
+    ranking_temperature: float = 0.001
     relation_stated: bool = True
     """Whether the captions state the relation, or only name the things."""
 
@@ -73,7 +75,7 @@ class Setting:
 
     steps: int
     batch: int = 64
-    train_scenes: int = 2048
+    train_scenes: int = 4096
     eval_pairs: int = 400
     eval_singles: int = 1000
     score_draws: int = 2
@@ -204,7 +206,13 @@ def _dataset(
         candidates, labels = _labelled(scenes)
         extra = {"candidate_labels": labels}
     images = [to_pil_image(image) for image in scenes.images]
-    return CaptionDataset(images, scenes.captions, preprocess, tokenizer, candidates=candidates, extra=extra)
+    return CaptionDataset(images, scenes.captions, preprocess, _cached(tokenizer), candidates=candidates, extra=extra)
+
+
+def _cached(tokenizer: Any) -> Callable[[list[str]], Tensor]:
+    """The toy world has few different captions: each is tokenized once."""
+    tokens_of = functools.cache(lambda caption: tokenizer([caption])[0])
+    return lambda captions: torch.stack([tokens_of(caption) for caption in captions])
 
 
 def _labelled(scenes: TrainingScenes) -> tuple[list[list[str]], Tensor]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fastsds.toyworld.scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, SINGLE_TEMPLATES, SIZES
 
-CONTEXT_LENGTH = 16  # tokens
+CONTEXT_LENGTH = 12  # tokens of CLIP; the longest caption has 10
+TEACHER_CONTEXT_LENGTH = 16  # tokens
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 CLIP_CONFIG = {
@@ -43,7 +44,7 @@ TEXT_ENCODER_CONFIG = {
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": CONTEXT_LENGTH,
+    "max_position_embeddings": TEACHER_CONTEXT_LENGTH,
     "projection_dim": 64,
 }
 SCHEDULER_CONFIG = {
@@ -58,7 +59,7 @@ SCHEDULER_CONFIG = {
 }
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, context_length: int) -> None:
     """Writes a CLIP byte-pair tokenizer that knows the toy world's words whole and spells every other lower-case one.
 
     The end token has the highest id, as in CLIP, so that pooling by `argmax` finds it.
@@ -85,7 +86,7 @@ def write_tokenizer(folder: Path) -> None:
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT_LENGTH)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=context_length)
     tokenizer.save_pretrained(folder)
 
 

@@ -48,6 +48,8 @@ class TrainConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up; a cosine to zero follows."""
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW; these are the ones that CLIP's own training uses."""
     max_grad_norm: float | None = 1.0
     """Norm that gradients are clipped to; None leaves them."""
     accumulation: int = 1
@@ -117,7 +119,9 @@ class Trainer:
         trained = self._trainable.trained_parameters()
         if not trained:
             raise ValueError("module: expected parameters to train, got none")
-        optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
         self._model, self._optimizer, self._loader = self.accelerator.prepare(module, optimizer, loader)
         batches = len(self._loader)
         if batches == 0:

@@ -20,7 +20,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     """A run of all arms under two seeds, two steps each, on a handful of scenes."""
     out = tmp_path_factory.mktemp("demo") / "report"
     small = Setting(steps=2, batch=8, train_scenes=24, eval_pairs=8, eval_singles=16, score_draws=1, curve_points=1)
-    config = DemoConfig(out=out, seeds=2, steps=2, workers=1, arms="all")
+    config = DemoConfig(out=out, seeds=2, steps=2, workers=1, arms=tuple(arm.name for arm in ARMS))
     return run_demo(config, Console(quiet=True), setting=small), out
 
 
