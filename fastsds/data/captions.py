@@ -28,9 +28,9 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         captions: one per image.
         preprocess: the CLIP model's own.
         tokenizer: the CLIP model's own.
-        candidates: for each image equally many candidate captions.
-        extra: further columns of the batch by `SDSDistiller.forward`'s names, a tensor row per image:
-            `candidate_scores`, `candidate_labels`, `latents`.
+        candidates: for each image equally many candidate captions, or None where an image has none.
+        extra: what belongs to the candidates, by `SDSDistiller.forward`'s names, a tensor row per image:
+            `candidate_scores`, `candidate_labels`, `latents`. Rows of images without candidates are not read.
 
     Raises:
         DataError: no images, or columns of unequal length.
@@ -43,7 +43,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         preprocess: Preprocess,
         tokenizer: Tokenizer,
         *,
-        candidates: Sequence[Sequence[str]] | None = None,
+        candidates: Sequence[Sequence[str] | None] | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.images = images
@@ -114,24 +114,41 @@ class CaptionDataset(Dataset[dict[str, Any]]):
             "tokens": self.tokenizer([self.captions[index]])[0],
             "captions": self.captions[index],
         }
-        if self.candidates is not None:
-            row["candidate_tokens"] = self.tokenizer(list(self.candidates[index]))
-            row["candidate_captions"] = list(self.candidates[index])
-        return row | {name: column[index] for name, column in self.extra.items()}
+        if self.candidates is None:
+            return row | {name: column[index] for name, column in self.extra.items()}
+        candidates = self.candidates[index]
+        row["candidates"] = None
+        if candidates is not None:
+            row["candidates"] = {
+                "candidate_tokens": self.tokenizer(list(candidates)),
+                "candidate_captions": list(candidates),
+                **{name: column[index] for name, column in self.extra.items()},
+            }
+        return row
 
 
 def collate_captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stacks tensors and lists strings: the batch that `SDSDistiller.forward` takes.
 
-    Candidates are given as strings only where their scores or labels are not there already.
+    Candidates are given as strings only where their scores or labels are not there already, and `candidate_rows` says
+    which images have candidates where some have none.
     """
-    batch: dict[str, Any] = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        batch[name] = torch.stack(values) if isinstance(values[0], Tensor) else values
+    batch = _stack([{name: value for name, value in row.items() if name != "candidates"} for row in rows])
+    if "candidates" not in rows[0]:
+        return batch
+    ranked = [index for index, row in enumerate(rows) if row["candidates"] is not None]
+    if len(ranked) < len(rows):
+        batch["candidate_rows"] = torch.tensor(ranked, dtype=torch.int64)
+    if ranked:
+        batch |= _stack([rows[index]["candidates"] for index in ranked])
     if "candidate_scores" in batch or "candidate_labels" in batch:
         batch.pop("candidate_captions", None)
     return batch
+
+
+def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: torch.stack(values) if isinstance(values[0], Tensor) else values for name, values in columns.items()}
 
 
 def _open(image: str | Path | Image.Image) -> Image.Image:

@@ -156,11 +156,12 @@ class SDSDistiller(nn.Module):
         tokens: Int[Tensor, "batch context"],
         captions: Text,
         *,
-        candidate_tokens: Int[Tensor, "batch candidates context"] | None = None,
-        candidate_scores: Float[Tensor, "batch candidates"] | None = None,
-        candidate_labels: Int[Tensor, "batch"] | None = None,
+        candidate_tokens: Int[Tensor, "ranked candidates context"] | None = None,
+        candidate_scores: Float[Tensor, "ranked candidates"] | None = None,
+        candidate_labels: Int[Tensor, "ranked"] | None = None,
         candidate_captions: Sequence[Sequence[str]] | None = None,
-        latents: Float[Tensor, "batch channels latent_height latent_width"] | None = None,
+        latents: Float[Tensor, "ranked channels latent_height latent_width"] | None = None,
+        candidate_rows: Int[Tensor, "ranked"] | None = None,
     ) -> DistillOutput:
         """One step's losses.
 
@@ -172,6 +173,8 @@ class SDSDistiller(nn.Module):
             candidate_labels: in place of scores, the position of the right candidate: the labelled control.
             candidate_captions, latents: in place of scores, what the `scorer` needs to compute them now: the
                 candidates as strings and the VAE latents of the images.
+            candidate_rows: which images of the batch have candidates, where not all do (a caption may have no
+                swapped form); the other candidate arguments then hold these images alone.
 
         Raises:
             ValueError: a batch of images, tokens or captions of unequal length or another size than the model
@@ -194,7 +197,7 @@ class SDSDistiller(nn.Module):
             judged = ("image", "text") if self.sds_on == "both" else (self.sds_on,)
             sds = sum((self._judge(embeddings[side], captions, seed) for side in judged), zero) / len(judged)
         ranking = zero
-        if self.ranking_weight:
+        if self.ranking_weight and (candidate_rows is None or len(candidate_rows)):
             if candidate_tokens is None:
                 raise ValueError(
                     "candidate_tokens: expected in every batch, because ranking_weight is above 0, got None"
@@ -202,7 +205,8 @@ class SDSDistiller(nn.Module):
             batch, candidates = candidate_tokens.shape[:2]
             features = self.clip.encode_text(candidate_tokens.flatten(0, 1), normalize=True)  # type: ignore[operator]
             targets = self._targets(candidates, candidate_scores, candidate_labels, candidate_captions, latents)
-            ranking = ranking_loss(image_features, features.view(batch, candidates, -1), logit_scale, targets)
+            ranked = image_features if candidate_rows is None else image_features[candidate_rows]
+            ranking = ranking_loss(ranked, features.view(batch, candidates, -1), logit_scale, targets)
         loss = contrastive + self.sds_weight * sds + self.ranking_weight * ranking
         return DistillOutput(loss, contrastive, sds, ranking)
 

@@ -63,7 +63,7 @@ class Arm:
     """Whether the projector starts as the ridge regression."""
     ranking: str | None = None
     """Targets of the candidates: `teacher`, `labels`, or None for no ranking."""
-    ranking_weight: float = 4.0
+    ranking_weight: float = 8.0
     ranking_temperature: float = 0.001
     relation_stated: bool = True
     """Whether the captions state the relation, or only name the things."""
@@ -144,18 +144,22 @@ def measure_teacher(teacher: DiffusionTeacher, evaluation: Evaluation, pairs: in
 
 
 def teacher_scores(setting: Setting, seed: int) -> Float[Tensor, "scenes candidates"]:
-    """The teacher's score of each candidate of the training scenes of a seed; the noise is another for every piece."""
+    """The teacher's score of each candidate of the training scenes of a seed; 0 where a scene has no candidates.
+
+    The noise is another for every 256 scenes.
+    """
     scenes = training_scenes(setting.train_scenes, seed)
     scorer = DiffusionScorer(
         load_teacher(setting.teacher_folder), setting.score_draws, t_range=NOISIEST, unet_batch=256
     )
     noise = SeedStream(seed)
-    pieces = []
-    for start in range(0, len(scenes.images), 256):
-        rows = slice(start, start + 256)
+    scores = torch.zeros(len(scenes.images), 2)
+    ranked = torch.tensor([row for row, candidates in enumerate(scenes.candidates) if candidates is not None])
+    for rows in ranked.split(256):
         latents = scorer.teacher.encode_images(scenes.images[rows])
-        pieces.append(scorer.score_latents(latents, scenes.candidates[rows], seed=noise.next(latents.device)))
-    return torch.cat(pieces)
+        candidates = [scenes.candidates[row] or [] for row in rows.tolist()]
+        scores[rows] = scorer.score_latents(latents, candidates, seed=noise.next(latents.device))
+    return scores
 
 
 def train_arm(arm: Arm, seed: int, setting: Setting, out: Path, scores: Tensor | None) -> dict[str, Any]:
@@ -184,8 +188,9 @@ def train_arm(arm: Arm, seed: int, setting: Setting, out: Path, scores: Tensor |
     loader = DataLoader(dataset, setting.batch, shuffle=True, drop_last=True, collate_fn=collate_captions)
     validation = Evaluation(preprocess, "validation", 100, 100)
     config = DistillConfig(
-        out=out, lr=arm.lr, steps=setting.steps, warmup_steps=setting.steps // 20, progress=False, seed=seed,
+        out=out, lr=arm.lr, steps=setting.steps, warmup_steps=setting.steps // 20, decay_share=0.35, seed=seed,
         evaluate_every=max(setting.steps // setting.curve_points, 1), save_every=setting.steps, tensorboard=False,
+        progress=False,
     )  # fmt: skip
     DistillTrainer(distiller, loader, config, lambda _: validation.measure(clip, tokenizer)).fit()
     evaluation = Evaluation(preprocess, setting.split, setting.eval_pairs, setting.eval_singles)
@@ -215,17 +220,22 @@ def _cached(tokenizer: Any) -> Callable[[list[str]], Tensor]:
     return lambda captions: torch.stack([tokens_of(caption) for caption in captions])
 
 
-def _labelled(scenes: TrainingScenes) -> tuple[list[list[str]], Tensor]:
+def _labelled(scenes: TrainingScenes) -> tuple[list[list[str] | None], Tensor]:
     """The caption that an image came with, labelled right, against itself with the noun phrases swapped.
 
     Where captions state the relation these are the teacher's candidates; where they do not, the swap of `a red circle
-    and a blue square` is as true as the caption, which is all that labels can say there. Single things keep theirs.
+    and a blue square` is as true as the caption, which is all that labels can say there.
     """
     rng = random.Random(0)
-    candidates, labels = [], []
-    for caption, given, label in zip(scenes.captions, scenes.candidates, scenes.labels.tolist(), strict=True):
-        other = swap_phrases(caption, (*RELATIONS, "and")) or given[1 - label]
-        row = [caption, other]
+    candidates: list[list[str] | None] = []
+    labels: list[int] = []
+    for caption in scenes.captions:
+        swapped = swap_phrases(caption, (*RELATIONS, "and"))
+        if swapped is None:
+            candidates.append(None)
+            labels.append(0)
+            continue
+        row = [caption, swapped]
         rng.shuffle(row)
         candidates.append(row)
         labels.append(row.index(caption))

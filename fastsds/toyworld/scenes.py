@@ -80,12 +80,6 @@ class Scene:
         swapped = (replace(first, colour=second.colour), replace(second, colour=first.colour))
         return Scene(swapped, self.relation)
 
-    def recolour(self, rng: random.Random) -> Scene:
-        """The scene with the single thing in another colour."""
-        (thing,) = self.things
-        others = [colour for colour in COLOURS if colour != thing.colour]
-        return Scene((replace(thing, colour=rng.choice(others)),))
-
 
 def random_single(rng: random.Random) -> Scene:
     """One thing of any shape and colour, small or large."""

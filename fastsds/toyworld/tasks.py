@@ -18,7 +18,7 @@ Swap = Literal["relation", "attribute"]
 Split = Literal["train", "validation", "test"]
 # Binding all 36 things takes a longer training than a demo has: pairs are made of these 12, the others are met alone.
 PAIR_SHAPES, PAIR_COLOURS = SHAPES[:3], tuple(COLOURS)[:4]
-SINGLE_SHARE = 0.4  # of the scenes to distil on
+SINGLE_SHARE = 0.3  # of the scenes to distil on
 _SPLIT_SEEDS = {"train": 10_000, "validation": 20_000, "test": 30_000}
 
 
@@ -69,13 +69,13 @@ def single_things(count: int, split: Split = "test") -> SingleThings:
 class TrainingScenes:
     """Scenes to distil on: an image, the caption it comes with, and two candidate captions in random order.
 
-    The candidates are the true caption and, for two things, the one with the noun phrases exchanged, for a single
-    thing, the one with another colour; `labels` says which is true, and nothing that is trained reads it.
+    Scenes of two things have as candidates the true caption and the one with the noun phrases exchanged; `labels` says
+    which is true (0 for single things), and only tests read it. Single things have no candidates.
     """
 
     images: Float[Tensor, "scenes 3 height width"]  # in [0, 1]
     captions: list[str]
-    candidates: list[list[str]]
+    candidates: list[list[str] | None]
     labels: Int[Tensor, "scenes"]
 
 
@@ -87,18 +87,23 @@ def training_scenes(count: int, seed: int = 0, *, relation_stated: bool = True) 
         for _ in range(count)
     ]
     images = render(scenes, seed=rng.getrandbits(32))
-    captions, candidates, labels = [], [], []
+    captions: list[str] = []
+    candidates: list[list[str] | None] = []
+    labels: list[int] = []
     for scene in scenes:
-        other = scene.swap_relation() if scene.relation else scene.recolour(rng)
-        wording = rng.getrandbits(32)
-        true, false = (training_caption(one, random.Random(wording)) for one in (scene, other))
-        row = [true, false]
+        if scene.relation is None:
+            captions.append(training_caption(scene, rng))
+            candidates.append(None)
+            labels.append(0)
+            continue
+        other = scene.swap_relation()
+        row = [scene.caption, other.caption]
         rng.shuffle(row)
         candidates.append(row)
-        labels.append(row.index(true))
+        labels.append(row.index(scene.caption))
         # Unstated captions name the things in random order, so that the mention tells nothing either.
         named = rng.choice((scene, other))
-        captions.append(named.unstated_caption if scene.relation and not relation_stated else true)
+        captions.append(scene.caption if relation_stated else named.unstated_caption)
     return TrainingScenes(images, captions, candidates, torch.tensor(labels))
 
 

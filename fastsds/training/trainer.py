@@ -46,7 +46,9 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps in all, in place of `epochs`."""
     warmup_steps: int = 0
-    """Steps of linear warm-up; a cosine to zero follows."""
+    """Steps of linear warm-up."""
+    decay_share: float = 1.0
+    """Share of the run, at its end, over which a cosine takes the learning rate to zero; the peak is held before."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     """Of AdamW; these are the ones that CLIP's own training uses."""
@@ -68,6 +70,8 @@ class TrainConfig:
     """Of the order of the data; the loss's noise has its own."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share: expected a share in (0, 1], got {self.decay_share!r}")
         positive = ("lr", "epochs", "accumulation", "keep_checkpoints", "log_every")
         optional = ("steps", "save_every", "evaluate_every", "max_grad_norm")
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
@@ -262,8 +266,9 @@ class Trainer:
         warmup = self.config.warmup_steps
         if step < warmup:
             return (step + 1) / warmup
-        progress = (step - warmup) / max(self.total_steps - warmup, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        start = max(warmup, round(self.total_steps * (1 - self.config.decay_share)))
+        progress = (step - start) / max(self.total_steps - start, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluate is not None

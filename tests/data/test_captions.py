@@ -229,6 +229,20 @@ def test_candidates_are_strings_only_where_they_are_to_be_scored(name: str, colu
     assert torch.equal(batch[name], column[[0, 2]])
 
 
+def test_images_without_candidates_are_left_out_of_the_candidates() -> None:
+    scores = torch.tensor([[0.1, 0.2], [9.0, 9.0], [0.5, 0.6]])
+    dataset = CaptionDataset(
+        IMAGES, ["a", "b", "c"], _preprocess, _tokenizer,
+        candidates=[["a", "bb"], None, ["dd", "e"]], extra={"candidate_scores": scores},
+    )  # fmt: skip
+    batch = collate_captions([dataset[1], dataset[2], dataset[0]])
+    assert batch["candidate_rows"].tolist() == [1, 2]
+    assert torch.equal(batch["candidate_scores"], scores[[2, 0]])
+    assert len(batch["candidate_tokens"]) == 2 and len(batch["tokens"]) == 3
+    alone = collate_captions([dataset[1]])
+    assert alone["candidate_rows"].tolist() == [] and "candidate_tokens" not in alone
+
+
 def test_loader_gives_every_pair_once_with_its_own_caption() -> None:
     count = 23
     images = [Image.new("RGB", (4, 4), (number, 0, 0)) for number in range(count)]

@@ -246,6 +246,23 @@ def test_ranking_by_labels_is_the_control(clip: Any, batch: dict[str, Any], cand
     assert out.ranking.item() == pytest.approx(_ranking_by_hand(clip, batch, candidate_tokens, targets), rel=1e-4)
 
 
+def test_ranking_is_the_mean_over_images_with_candidates(
+    clip: Any, batch: dict[str, Any], candidate_tokens: Tensor
+) -> None:
+    distiller = SDSDistiller(clip, None, sds_weight=0, ranking_weight=1.0)
+    labels = torch.zeros(len(candidate_tokens), dtype=torch.int64)
+    each = [
+        distiller(**batch, candidate_tokens=candidate_tokens[row, None], candidate_labels=labels[:1],
+                  candidate_rows=torch.tensor([row])).ranking.item()
+        for row in range(2)
+    ]  # fmt: skip
+    assert each[0] != pytest.approx(each[1], rel=1e-3)
+    rows = torch.tensor([1, 0])
+    both = distiller(**batch, candidate_tokens=candidate_tokens[rows], candidate_labels=labels[:2], candidate_rows=rows)
+    assert both.ranking.item() == pytest.approx(sum(each) / 2, rel=1e-5)
+    assert distiller(**batch, candidate_rows=torch.tensor([], dtype=torch.int64)).ranking.item() == 0
+
+
 def test_ranking_scored_now_is_ranking_by_those_scores(
     clip: Any, batch: dict[str, Any], candidate_tokens: Tensor
 ) -> None:

@@ -269,6 +269,18 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine(toy: Any, loader: Any, con
     assert [record["lr"] for record in _train_metrics(config())] == pytest.approx(expected, rel=1e-9)
 
 
+def test_learning_rate_can_be_held_before_it_falls(toy: Any, loader: Any, config: Any) -> None:
+    Trainer(toy(), loader(), config(steps=10, warmup_steps=2, decay_share=0.4)).fit()
+    expected = [0.025, *[0.05] * 5] + [0.025 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert [record["lr"] for record in _train_metrics(config())] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_decay_share_outside_its_range_is_refused(config: Any, share: float) -> None:
+    with pytest.raises(ValueError, match=r"decay_share: expected a share in \(0, 1\], got"):
+        config(decay_share=share)
+
+
 def test_the_logged_rate_is_the_one_applied(toy: Any, loader: Any, config: Any) -> None:
     """Adam's first step moves every weight by the rate, whatever the gradient."""
     module = toy()
