@@ -60,3 +60,12 @@ def test_saved_state_does_not_move_with_the_stream() -> None:
     _seeds(stream, 10)
     stream.load_state_dict(state)
     assert _seeds(stream, 3) == expected
+
+
+def test_a_state_taken_before_the_first_draw_carries_the_seed() -> None:
+    state = SeedStream(41).state_dict()
+    other = SeedStream(-7)
+    other.load_state_dict(state)
+    device = torch.device("cpu")
+    assert other.next(device) == SeedStream(41).next(device)
+    assert other.next(device) != SeedStream(-7).next(device)
