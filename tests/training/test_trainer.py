@@ -58,7 +58,8 @@ def run(folder, out, save_every, log_every, kill=None, resume=False):
         embed_dim=32,
         vision_cfg={"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
         text_cfg={
-            "context_length": models.TEACHER_CONTEXT_LENGTH, "vocab_size": len(tokens), "width": 32, "heads": 2, "layers": 2
+            "context_length": models.TEACHER_CONTEXT_LENGTH, "vocab_size": len(tokens),
+            "width": 32, "heads": 2, "layers": 2,
         },
     )
     teacher = DiffusionTeacher(
