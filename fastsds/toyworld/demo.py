@@ -187,10 +187,9 @@ def _train_all(config: DemoConfig, setting: Setting, runs: Path, console: Consol
     results: dict[str, list[Any]] = {arm.name: [None] * config.seeds for arm in arms}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     context = multiprocessing.get_context("spawn")
+    workers = min(config.workers, len(arms) * config.seeds)
     with (
-        ProcessPoolExecutor(
-            config.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         Progress(*columns, console=console) as progress,
     ):
         running: dict[Future[Any], tuple[Arm, int]] = {}
