@@ -22,7 +22,7 @@ def _deterministic() -> None:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    models.write_tokenizer(folder, models.TEACHER_CONTEXT_LENGTH)
+    models.write_tokenizer(folder)
     return folder
 
 
@@ -68,7 +68,7 @@ def pipeline_folder(teacher_parts: dict[str, Any], tmp_path_factory: pytest.Temp
 def clip_tokenizer(tokenizer_folder: Path) -> Any:
     from open_clip.tokenizer import HFTokenizer
 
-    return HFTokenizer(str(tokenizer_folder), context_length=models.TEACHER_CONTEXT_LENGTH)
+    return HFTokenizer(str(tokenizer_folder), context_length=models.CONTEXT_LENGTH)
 
 
 @pytest.fixture(params=["CLIP", "CustomTextCLIP"])
@@ -76,7 +76,7 @@ def clip(request: pytest.FixtureRequest, clip_tokenizer: Any) -> Any:
     """A tiny open_clip model of either class (32 x 32 images, 16 tokens, 32 dimensions)."""
     import open_clip
 
-    text = {"context_length": models.TEACHER_CONTEXT_LENGTH, "vocab_size": len(clip_tokenizer.tokenizer)}
+    text = {"context_length": models.CONTEXT_LENGTH, "vocab_size": len(clip_tokenizer.tokenizer)}
     return getattr(open_clip, request.param)(
         embed_dim=32,
         vision_cfg={"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},

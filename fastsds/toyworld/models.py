@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 from fastsds.toyworld.scenes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, SINGLE_TEMPLATES, SIZES
 
-CONTEXT_LENGTH = 12  # tokens of CLIP; the longest caption has 10
-TEACHER_CONTEXT_LENGTH = 16  # tokens
+CONTEXT_LENGTH = 12  # tokens; the longest caption has 10
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 CLIP_CONFIG = {
@@ -44,7 +44,7 @@ TEXT_ENCODER_CONFIG = {
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": TEACHER_CONTEXT_LENGTH,
+    "max_position_embeddings": CONTEXT_LENGTH,
     "projection_dim": 64,
 }
 SCHEDULER_CONFIG = {
@@ -59,7 +59,7 @@ SCHEDULER_CONFIG = {
 }
 
 
-def write_tokenizer(folder: Path, context_length: int) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Writes a CLIP byte-pair tokenizer that knows the toy world's words whole and spells every other lower-case one.
 
     The end token has the highest id, as in CLIP, so that pooling by `argmax` finds it.
@@ -70,14 +70,9 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
     for word in _words():
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merge = (pieces[0], pieces[1])
-            if merge not in merges:
-                merges.append(merge)
-            pieces[:2] = ["".join(merge)]
-            if pieces[0] not in vocabulary:
-                vocabulary.append(pieces[0])
+        while len(pieces := _split(word, merges)) > 1:
+            merges.append((pieces[0], pieces[1]))
+            vocabulary.append(pieces[0] + pieces[1])
     vocabulary += [START, END]
     folder.mkdir(parents=True, exist_ok=True)
     files = {
@@ -86,8 +81,18 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=context_length)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT_LENGTH)
     tokenizer.save_pretrained(folder)
+
+
+def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """The byte-pair pieces of a word: of the merges that apply, the earliest first."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while pairs := set(itertools.pairwise(pieces)) & set(merges):
+        first = min(pairs, key=merges.index)
+        at = list(itertools.pairwise(pieces)).index(first)
+        pieces[at : at + 2] = ["".join(first)]
+    return pieces
 
 
 def _words() -> list[str]:

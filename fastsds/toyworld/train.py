@@ -90,7 +90,7 @@ def train_clip(config: TrainConfig, folder: Path) -> None:
 
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
-    models.write_tokenizer(folder, models.CONTEXT_LENGTH)
+    models.write_tokenizer(folder)
     tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=models.CONTEXT_LENGTH)
     model_config = json.loads(json.dumps(models.CLIP_CONFIG))
     model_config["text_cfg"]["vocab_size"] = len(tokenizer.tokenizer)
@@ -155,7 +155,7 @@ def train_teacher(config: TrainConfig, folder: Path) -> None:
 
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed + 2)
-    models.write_tokenizer(folder / "tokenizer", models.TEACHER_CONTEXT_LENGTH)
+    models.write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     ids = {
         "bos_token_id": tokenizer.bos_token_id,

@@ -122,7 +122,7 @@ def test_text_is_encoded_as_the_pipeline_does(teacher: DiffusionTeacher, pipelin
     captions = [*CAPTIONS, long]
     expected = pipeline.encode_prompt(captions, "cpu", 1, False)[0]
     encoded = teacher.encode_text(captions)
-    assert encoded.shape == (4, models.TEACHER_CONTEXT_LENGTH, 64)
+    assert encoded.shape == (4, models.CONTEXT_LENGTH, 64)
     torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
     unconditional = pipeline.encode_prompt("a red circle", "cpu", 1, True)[1]
     torch.testing.assert_close(teacher.encode_text([""]), unconditional, rtol=1e-5, atol=1e-5)

@@ -53,12 +53,12 @@ class Mortal(SDSDistiller):
 def run(folder, out, save_every, log_every, kill=None, resume=False):
     torch.manual_seed(0)
     tokens = CLIPTokenizer.from_pretrained(folder)
-    tokenizer = HFTokenizer(folder, context_length=models.TEACHER_CONTEXT_LENGTH)
+    tokenizer = HFTokenizer(folder, context_length=models.CONTEXT_LENGTH)
     clip = open_clip.CLIP(
         embed_dim=32,
         vision_cfg={"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
         text_cfg={
-            "context_length": models.TEACHER_CONTEXT_LENGTH, "vocab_size": len(tokens),
+            "context_length": models.CONTEXT_LENGTH, "vocab_size": len(tokens),
             "width": 32, "heads": 2, "layers": 2,
         },
     )
