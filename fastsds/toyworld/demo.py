@@ -29,20 +29,20 @@ from fastsds.training.report import Page, markdown_table, png, write_report
 ARMS = (
     Arm("control", "contrastive only, LayerNorm"),
     Arm("sds", "SDS-CLIP as published, LayerNorm", sds_weight=1e-3),
-    Arm("control_all", "contrastive only, all weights", tune="all", lr=5e-4),
-    Arm("control_labels", "labelled hard negatives, all weights", tune="all", lr=5e-4, ranking="labels"),
+    Arm("control_all", "contrastive only, all weights", tune="all", lr=4e-4),
+    Arm("control_labels", "labelled hard negatives, all weights", tune="all", lr=4e-4, ranking="labels"),
     Arm(
         "sds_ranking", "SDS-CLIP + teacher ranking (ours), all weights",
-        tune="all", lr=5e-4, sds_weight=1e-3, ranking="teacher",
+        tune="all", lr=4e-4, sds_weight=1e-3, ranking="teacher",
     ),
-    Arm("control_unstated", "contrastive only, all weights", tune="all", lr=5e-4, relation_stated=False),
+    Arm("control_unstated", "contrastive only, all weights", tune="all", lr=4e-4, relation_stated=False),
     Arm(
         "control_labels_unstated", "labelled hard negatives, all weights",
-        tune="all", lr=5e-4, ranking="labels", relation_stated=False,
+        tune="all", lr=4e-4, ranking="labels", relation_stated=False,
     ),
     Arm(
         "sds_ranking_unstated", "SDS-CLIP + teacher ranking (ours), all weights",
-        tune="all", lr=5e-4, sds_weight=1e-3, ranking="teacher", relation_stated=False,
+        tune="all", lr=4e-4, sds_weight=1e-3, ranking="teacher", relation_stated=False,
     ),
 )  # fmt: skip
 TEACHER_PAIRS = 100  # of each kind, that the teacher itself is measured on
@@ -65,7 +65,7 @@ class DemoConfig:
     """Folder of the report."""
     seeds: int = 1
     """Runs of every arm; with several, intervals are over seeds."""
-    steps: int = 600
+    steps: int = 800
     """Optimizer steps of every arm."""
     workers: int = os.cpu_count() or 1
     """Arms trained side by side, each on one thread."""

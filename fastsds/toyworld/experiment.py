@@ -63,7 +63,7 @@ class Arm:
     """Whether the projector starts as the ridge regression."""
     ranking: str | None = None
     """Targets of the candidates: `teacher`, `labels`, or None for no ranking."""
-    ranking_weight: float = 8.0
+    ranking_weight: float = 4.0
     ranking_temperature: float = 0.001
     relation_stated: bool = True
     """Whether the captions state the relation, or only name the things."""
@@ -75,7 +75,7 @@ class Setting:
 
     steps: int
     batch: int = 64
-    train_scenes: int = 4096
+    train_scenes: int = 10_240
     eval_pairs: int = 400
     eval_singles: int = 1000
     score_draws: int = 2
@@ -188,7 +188,7 @@ def train_arm(arm: Arm, seed: int, setting: Setting, out: Path, scores: Tensor |
     loader = DataLoader(dataset, setting.batch, shuffle=True, drop_last=True, collate_fn=collate_captions)
     validation = Evaluation(preprocess, "validation", 100, 100)
     config = DistillConfig(
-        out=out, lr=arm.lr, steps=setting.steps, warmup_steps=setting.steps // 20, decay_share=0.35, seed=seed,
+        out=out, lr=arm.lr, steps=setting.steps, warmup_steps=setting.steps // 20, decay_share=0.7, seed=seed,
         evaluate_every=max(setting.steps // setting.curve_points, 1), save_every=setting.steps, tensorboard=False,
         progress=False,
     )  # fmt: skip

@@ -16,9 +16,9 @@ from fastsds.toyworld.scenes import COLOURS, SHAPES, Scene, Thing, random_pair, 
 
 Swap = Literal["relation", "attribute"]
 Split = Literal["train", "validation", "test"]
-# Binding all 36 things takes a longer training than a demo has: pairs are made of these 12, the others are met alone.
+# Binding all 36 things takes longer than a demo has: pairs are made of these 12, the others are met alone.
 PAIR_SHAPES, PAIR_COLOURS = SHAPES[:3], tuple(COLOURS)[:4]
-SINGLE_SHARE = 0.3  # of the scenes to distil on
+SINGLE_SHARE = 0.6  # of the scenes to distil on
 _SPLIT_SEEDS = {"train": 10_000, "validation": 20_000, "test": 30_000}
 
 
