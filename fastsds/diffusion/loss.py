@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastsds.diffusion.schedule import Weighting
 from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.diffusion.timesteps import SeedStream
-from fastsds.ops import TimestepDraw, add_noise, sample_timesteps, sds_loss
+from fastsds.ops import TimestepDraw, add_noise, sample_timesteps, sds_loss, sds_loss_and_gradients
 from fastsds.ops.sample_timesteps import Strategy
 from fastsds.ops.sds_loss import Jacobian
 
@@ -102,22 +102,25 @@ class SDSLoss(nn.Module):
         )  # fmt: skip
         draw = _rows(draw, slice(first, first + len(latents)))
 
-        def draw_losses(piece: Tensor, rows: slice) -> Tensor:
-            return self._draw_losses(
+        def losses_and_gradient(piece: Tensor, rows: slice, scale: float | None) -> tuple[Tensor, Tensor | None]:
+            return self._losses_and_gradient(
                 piece,
                 conditioning[rows],
                 None if uncond is None else uncond[rows],
                 _rows(draw, rows),
                 seed,
                 first + rows.start,
+                scale,
             )
 
         # One latent's gradient under `full` is about 1 / elements: inside the cut it is kept at about 1.
-        scale = latents[0].numel() if self.jacobian == "full" else 1
+        scale = float(latents[0].numel()) if self.jacobian == "full" else 1.0
         needs_gradient = torch.is_grad_enabled() and latents.requires_grad
-        return _CutLoss.apply(latents, draw_losses, self.teacher_batch or len(latents), float(scale), needs_gradient)
+        return _CutLoss.apply(
+            latents, losses_and_gradient, self.teacher_batch or len(latents), scale if needs_gradient else None
+        )
 
-    def _draw_losses(
+    def _losses_and_gradient(
         self,
         latents: Tensor,
         text: Tensor,
@@ -125,35 +128,47 @@ class SDSLoss(nn.Module):
         draw: TimestepDraw,
         seed: Tensor,
         batch_offset: int,
-    ) -> Float[Tensor, "batch draws"]:
-        differentiate = latents.requires_grad and self.jacobian == "full"
-        with torch.set_grad_enabled(differentiate):
+        scale: float | None,
+    ) -> tuple[Float[Tensor, "batch draws"], Float[Tensor, "batch channels height width"] | None]:
+        """The draws' losses, and the gradient of their sum times `scale` in the latents where it is given."""
+        through_teacher = scale is not None and self.jacobian == "full"
+        with torch.set_grad_enabled(through_teacher):
+            latents = latents.detach().requires_grad_(through_teacher)
             noised = add_noise(
                 latents, draw.alpha_t, draw.sigma_t, seed, dtype=self.teacher.dtype, batch_offset=batch_offset
             )
-            shape = noised.shape
-            inputs = noised.flatten(0, 1), draw.t.flatten(), text.repeat_interleave(self.draws, dim=0)
-            if uncond is None:
-                prediction, prediction_uncond = self.teacher.predict(*inputs).view(shape), None
-            else:
-                uncond = uncond.repeat_interleave(self.draws, dim=0)
-                both = self.teacher.predict(
-                    torch.cat([inputs[0]] * 2), torch.cat([inputs[1]] * 2), torch.cat([inputs[2], uncond])
-                )
-                prediction, prediction_uncond = (half.view(shape) for half in both.chunk(2))
-        return sds_loss(
-            prediction,
-            latents,
-            draw.alpha_t,
-            draw.sigma_t,
-            draw.weight,
-            seed,
-            prediction_type=self.teacher.schedule.prediction_type,
-            prediction_uncond=prediction_uncond,
-            guidance_scale=self.guidance_scale,
-            jacobian=self.jacobian,
-            batch_offset=batch_offset,
+            prediction, prediction_uncond = self._predict(noised, draw.t, text, uncond)
+        arguments = (latents, draw.alpha_t, draw.sigma_t, draw.weight, seed)
+        options: dict[str, Any] = {
+            "prediction_type": self.teacher.schedule.prediction_type,
+            "prediction_uncond": prediction_uncond,
+            "guidance_scale": self.guidance_scale,
+            "jacobian": self.jacobian,
+            "batch_offset": batch_offset,
+        }
+        if scale is None:
+            return sds_loss(prediction, *arguments, **options), None
+        upstream = torch.full_like(draw.weight, scale)
+        loss, of_prediction, of_latents, of_uncond = sds_loss_and_gradients(upstream, prediction, *arguments, **options)
+        if not through_teacher:
+            return loss, of_latents
+        outputs = [prediction] if prediction_uncond is None else [prediction, prediction_uncond]
+        gradients = [of_prediction] if prediction_uncond is None else [of_prediction, of_uncond]
+        (gradient,) = torch.autograd.grad(outputs, latents, gradients)
+        return loss, gradient if of_latents is None else gradient + of_latents
+
+    def _predict(self, noised: Tensor, t: Tensor, text: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The teacher's output under the text and, where guidance asks for it, under none."""
+        shape = noised.shape
+        inputs = noised.flatten(0, 1), t.flatten(), text.repeat_interleave(self.draws, dim=0)
+        if uncond is None:
+            return self.teacher.predict(*inputs).view(shape), None
+        uncond = uncond.repeat_interleave(self.draws, dim=0)
+        both = self.teacher.predict(
+            torch.cat([inputs[0]] * 2), torch.cat([inputs[1]] * 2), torch.cat([inputs[2], uncond])
         )
+        with_text, without = both.chunk(2)
+        return with_text.view(shape), without.view(shape)
 
     def _check(self, latents: Tensor, text: Text) -> None:
         channels = self.teacher.latent_shape[0]
@@ -182,28 +197,25 @@ class _CutLoss(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         latents: Tensor,
-        draw_losses: Callable[[Tensor, slice], Tensor],
+        losses_and_gradient: Callable[[Tensor, slice, float | None], tuple[Tensor, Tensor | None]],
         piece_size: int,
-        scale: float,
-        needs_gradient: bool,
+        scale: float | None,
     ) -> Tensor:
-        gradient = torch.empty_like(latents, dtype=torch.promote_types(latents.dtype, torch.float32))
-        losses = []
+        wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        losses, gradients = [], []
         for start in range(0, len(latents), piece_size):
             rows = slice(start, min(start + piece_size, len(latents)))
-            with torch.set_grad_enabled(needs_gradient):
-                piece = latents[rows].detach().to(gradient.dtype).requires_grad_(needs_gradient)
-                loss = draw_losses(piece, rows)
-                if needs_gradient:
-                    (gradient[rows],) = torch.autograd.grad(loss.sum() * scale, piece)
+            loss, gradient = losses_and_gradient(wide[rows], rows, scale)
             losses.append(loss.detach())
+            gradients.append(gradient)
         per_draw = torch.cat(losses)
-        if needs_gradient:
-            ctx.save_for_backward((gradient / (scale * per_draw.numel())).to(latents.dtype))
+        if scale is not None:
+            whole = torch.cat([gradient for gradient in gradients if gradient is not None])
+            ctx.save_for_backward((whole / (scale * per_draw.numel())).to(latents.dtype))
         return per_draw.mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None
+        return gradient * grad.to(gradient.dtype), None, None, None

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsds.ops import _checks, _dispatch
+from fastsds.ops import _checks, _dispatch, _layout
 
 
 def add_noise(
@@ -55,17 +55,7 @@ def _empty(
     latents: Tensor, alpha_t: Tensor, sigma_t: Tensor, seed: Tensor, dtype: torch.dtype | None, batch_offset: int
 ) -> Tensor:
     """The result, not filled: the memory format of `latents`, with batch and draws merged."""
-    batch, draws = alpha_t.shape
-    channels_last = (
-        latents.dim() == 4 and latents.is_contiguous(memory_format=torch.channels_last) and not latents.is_contiguous()
-    )
-    merged = torch.empty(
-        (batch * draws, *latents.shape[1:]),
-        dtype=dtype or latents.dtype,
-        device=latents.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
-    return merged.unflatten(0, (batch, draws))
+    return _layout.empty((*alpha_t.shape, *latents.shape[1:]), latents, dtype=dtype)
 
 
 def reference(
@@ -87,14 +77,15 @@ def _check_backward(grad: Tensor, alpha_t: Tensor, dtype: torch.dtype) -> None:
 
 
 def _empty_backward(grad: Tensor, alpha_t: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty((grad.shape[0], *grad.shape[2:]), dtype=dtype)
+    """The gradient in the latents, not filled: in the memory format of `grad`."""
+    return _layout.empty((grad.shape[0], *grad.shape[2:]), grad, dtype=dtype)
 
 
 def reference_backward(grad: Tensor, alpha_t: Tensor, dtype: torch.dtype) -> Tensor:
     """`sum over draws of alpha_t * grad`, summed in float32 or wider, then in the dtype of the latents."""
     latents = _empty_backward(grad, alpha_t, dtype)
     alpha = _checks.per_latent(alpha_t, latents)
-    return (alpha * grad).sum(dim=1).to(dtype).contiguous()
+    return latents.copy_((alpha * grad).sum(dim=1))
 
 
 _dispatch.define(

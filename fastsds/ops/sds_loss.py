@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsds.ops import _checks, _dispatch
+from fastsds.ops import _checks, _dispatch, _layout
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 Jacobian = Literal["full", "skip"]
@@ -67,6 +67,47 @@ def sds_loss(
         prediction, latents, alpha_t, sigma_t, weight, seed, prediction_type, prediction_uncond, guidance_scale,
         jacobian, batch_offset,
     )  # fmt: skip
+
+
+class LossAndGradients(NamedTuple):
+    """The loss of each draw and its gradients under a given upstream gradient; None where not asked for."""
+
+    loss: Float[Tensor, "batch draws"]
+    prediction: Float[Tensor, "batch draws *latent"] | None
+    latents: Float[Tensor, "batch *latent"] | None
+    prediction_uncond: Float[Tensor, "batch draws *latent"] | None
+
+
+def sds_loss_and_gradients(
+    grad: Float[Tensor, "batch draws"],
+    prediction: Float[Tensor, "batch draws *latent"],
+    latents: Float[Tensor, "batch *latent"],
+    alpha_t: Float[Tensor, "batch draws"],
+    sigma_t: Float[Tensor, "batch draws"],
+    weight: Float[Tensor, "batch draws"],
+    seed: Int[Tensor, ""],
+    *,
+    prediction_type: PredictionType = "epsilon",
+    prediction_uncond: Float[Tensor, "batch draws *latent"] | None = None,
+    guidance_scale: float = 1.0,
+    jacobian: Jacobian = "full",
+    batch_offset: int = 0,
+) -> LossAndGradients:
+    """`sds_loss` and its backward in one pass, where the upstream gradient `grad` is known beforehand.
+
+    Reads the prediction once and writes its gradient once; autograd, which learns `grad` only after the loss, has to
+    read it twice. Gradients have the dtype and memory format of their tensors; under `full` the prediction's and the
+    direct one of the latents (None for `epsilon`, which has none), under `skip` the latents' alone. Not
+    differentiable itself.
+    """
+    full = jacobian == "full"
+    needs = [full, not full or prediction_type != "epsilon", full and prediction_uncond is not None]
+    loss, *gradients = torch.ops.fastsds.sds_loss_backward(
+        grad, prediction.detach(), latents.detach(), alpha_t, sigma_t, weight, seed, prediction_type,
+        None if prediction_uncond is None else prediction_uncond.detach(),
+        guidance_scale, jacobian, batch_offset, needs,
+    )  # fmt: skip
+    return LossAndGradients(loss, *(value if need else None for value, need in zip(gradients, needs, strict=True)))
 
 
 def guidance_scale_from_offset(offset_scale: float) -> float:
@@ -178,15 +219,16 @@ def _check_backward(grad: Tensor, prediction: Tensor, latents: Tensor, alpha_t: 
     )
 
 
-def _empty_backward(grad: Tensor, prediction: Tensor, latents: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients in prediction, latents and prediction_uncond, not filled; empty where not needed."""
+def _empty_backward(
+    grad: Tensor, prediction: Tensor, latents: Tensor, alpha_t: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    """The loss and the gradients in prediction, latents and prediction_uncond, not filled; empty where not needed."""
     *_, prediction_uncond, _guidance_scale, _jacobian, _batch_offset, needs = arguments
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if tensor is not None and need
-        else latents.new_empty(0)
+    gradients = (
+        _layout.empty(tensor.shape, tensor) if tensor is not None and need else latents.new_empty(0)
         for tensor, need in zip((prediction, latents, prediction_uncond), needs, strict=True)
     )
+    return _empty(prediction, latents, alpha_t), *gradients
 
 
 def reference_backward(
@@ -204,15 +246,13 @@ def reference_backward(
     batch_offset: int,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients in prediction, latents and prediction_uncond; those that `needs` leaves out are empty.
-
-    The residual is computed again: reading the prediction twice moves fewer bytes than storing the residual.
-    """
+    """The loss, and the gradients in prediction, latents and prediction_uncond; those not in `needs` are empty."""
     arguments = (alpha_t, sigma_t, seed, prediction_type, prediction_uncond, guidance_scale, batch_offset)
     residual, slope, slope_latents = _residual(prediction, latents, *arguments)
-    gradients = _empty_backward(
-        grad, prediction, latents, prediction_uncond, guidance_scale, jacobian, batch_offset, needs
+    loss, *gradients = _empty_backward(
+        grad, prediction, latents, alpha_t, prediction_uncond, guidance_scale, jacobian, batch_offset, needs
     )
+    loss.copy_(weight.to(residual.dtype) * residual.square().flatten(2).mean(dim=2))
     scaled = _checks.per_latent(grad.to(residual.dtype) * weight, latents) * residual
     if jacobian == "skip":
         nothing = torch.zeros_like(scaled)
@@ -225,7 +265,7 @@ def reference_backward(
     for gradient, value in zip(gradients, values, strict=True):
         if gradient.shape == value.shape:
             gradient.copy_(value)
-    return gradients
+    return loss, *gradients
 
 
 _ARGUMENTS = (
@@ -241,7 +281,7 @@ _dispatch.define(
 )
 _dispatch.define(
     "sds_loss_backward",
-    f"(Tensor grad, {_ARGUMENTS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_ARGUMENTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_empty_backward,
     reference=reference_backward,
@@ -263,7 +303,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         ctx.needs_input_grad[1] and not (differentiable and prediction_type == "epsilon"),
         ctx.needs_input_grad[7] and differentiable,
     ]
-    gradients = torch.ops.fastsds.sds_loss_backward(
+    _, *gradients = torch.ops.fastsds.sds_loss_backward(
         grad, *tensors, prediction_type, prediction_uncond, guidance_scale, jacobian, batch_offset, needs
     )
     prediction, latents, uncond = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsds.ops import add_noise, guidance_scale_from_offset, sds_loss
+from fastsds.ops import add_noise, guidance_scale_from_offset, sds_loss, sds_loss_and_gradients
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample", "flow"]
 LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
@@ -181,6 +181,27 @@ def test_full_and_skip_have_one_value_and_two_gradients(case: Case) -> None:
         gradients.append(latents.grad)
     assert torch.equal(values[0], values[1])
     assert (gradients[0] - gradients[1]).abs().max() > 0.1 * gradients[1].abs().max()
+
+
+@pytest.mark.parametrize("jacobian", ["full", "skip"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_loss_and_gradients_in_one_pass_are_those_of_autograd(case: Case, jacobian: Any, guided: bool) -> None:
+    uncond = (case.ideal - 0.2 * case.perturbation.flip(0)).requires_grad_() if guided else None
+    options: dict[str, Any] = {"prediction_uncond": uncond, "guidance_scale": 2.5} if guided else {}
+    prediction, latents = case.prediction.requires_grad_(), case.latents.requires_grad_()
+    upstream = torch.randn(3, 2).double()
+    loss = case.call(prediction, latents, jacobian=jacobian, **options)
+    leaves = [leaf for leaf in (prediction, latents, uncond) if leaf is not None]
+    expected = torch.autograd.grad(loss, leaves, upstream, allow_unused=True)
+    result = sds_loss_and_gradients(
+        upstream, prediction, latents, case.alpha_t, case.sigma_t, case.weight, case.seed,
+        prediction_type=case.prediction_type, jacobian=jacobian, **options,
+    )  # fmt: skip
+    assert torch.equal(result.loss, loss)
+    for actual, wanted in zip(result[1:], (*expected, *[None] * (3 - len(expected))), strict=True):
+        assert (actual is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=0)
 
 
 def test_noise_is_that_of_add_noise() -> None:
