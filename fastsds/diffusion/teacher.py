@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,12 @@ class DiffusionTeacher(nn.Module):
         weights = {"torch_dtype": dtype, "use_safetensors": True}
         text_weights = {"dtype": dtype, "use_safetensors": True}
         scheduler_class = getattr(diffusers, index["scheduler"][1])
+        with _no_progress_bar():
+            text_encoder = transformers.CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
         teacher = cls(
             unet=diffusers.UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights),
             vae=diffusers.AutoencoderKL.from_pretrained(source, subfolder="vae", **weights),
-            text_encoder=transformers.CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights),
+            text_encoder=text_encoder,
             tokenizer=transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
             scheduler=scheduler_class.from_pretrained(source, subfolder="scheduler"),
             text_cache_size=text_cache_size,
@@ -202,6 +205,20 @@ class DiffusionTeacher(nn.Module):
         if component is None:
             raise ValueError(f"{name}: this teacher was built without one, and this call needs it")
         return component
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers shows a bar for every model it loads, also for one of a few kilobytes."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _refuse_unsupported_unet(unet: Any, vae: Any) -> None:
