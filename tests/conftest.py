@@ -73,7 +73,7 @@ def clip_tokenizer(tokenizer_folder: Path) -> Any:
 
 @pytest.fixture(params=["CLIP", "CustomTextCLIP"])
 def clip(request: pytest.FixtureRequest, clip_tokenizer: Any) -> Any:
-    """A tiny open_clip model of either class (32 x 32 images, 16 tokens, 32 dimensions)."""
+    """A tiny open_clip model of either class (32 x 32 images, 32 dimensions)."""
     import open_clip
 
     text = {"context_length": models.CONTEXT_LENGTH, "vocab_size": len(clip_tokenizer.tokenizer)}

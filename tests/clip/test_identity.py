@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastsds.clip import ClipIdentity, ModelMismatchError
+from fastsds.toyworld import models
 
 VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
@@ -45,7 +46,7 @@ def test_facts_are_the_models(clip: Any) -> None:
     identity = ClipIdentity.of(clip)
     assert identity.architecture == type(clip).__name__
     assert identity.activation == "GELU"
-    assert (identity.context_length, identity.image_size) == (16, 32)
+    assert (identity.context_length, identity.image_size) == (models.CONTEXT_LENGTH, 32)
     assert (identity.image_mean, identity.image_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 

@@ -337,7 +337,7 @@ def test_latents_on_another_device_are_refused(teacher: DiffusionTeacher) -> Non
         SDSLoss(teacher)(torch.zeros(3, 4, 8, 8, device="meta"), CAPTIONS)
 
 
-@pytest.mark.parametrize("text", [CAPTIONS[:2], [*CAPTIONS, "a"], torch.zeros(1, 16, 64)])
+@pytest.mark.parametrize("text", [CAPTIONS[:2], [*CAPTIONS, "a"], torch.zeros(1, models.CONTEXT_LENGTH, 64)])
 def test_refused_number_of_captions(teacher: DiffusionTeacher, text: Any) -> None:
     with pytest.raises(ValueError, match=rf"text: expected one caption for each of 3 latents, got {len(text)}"):
         SDSLoss(teacher)(_latents(dtype=torch.float32), text)

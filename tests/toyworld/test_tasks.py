@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastsds.toyworld.tasks import composition_pairs, single_things, training_scenes
+from fastsds.toyworld.tasks import SINGLE_SHARE, composition_pairs, single_things, training_scenes
 
 
 @pytest.mark.parametrize("swap", ["relation", "attribute"])
@@ -40,7 +40,7 @@ def test_candidates_hold_the_truth_at_a_random_place() -> None:
             assert sorted(row[1 - label].split()) == sorted(caption.split())
             assert row[1 - label] != caption
             labels.append(label)
-    assert 0.6 < len(labels) / 400 < 0.8
+    assert abs(len(labels) / 400 - (1 - SINGLE_SHARE)) < 0.1
     assert 0.4 < sum(labels) / len(labels) < 0.6
 
 
@@ -49,7 +49,7 @@ def test_unstated_captions_tell_nothing_of_the_candidates_order() -> None:
     assert torch.equal(stated.images, unstated.images)
     assert stated.candidates == unstated.candidates
     pairs = [row for row, caption in enumerate(unstated.captions) if " and " in caption]
-    assert 0.6 < len(pairs) / 400 < 0.8
+    assert abs(len(pairs) / 400 - (1 - SINGLE_SHARE)) < 0.1
     assert not any(word in caption for caption in unstated.captions for word in ("left", "right", "above", "below"))
     # The thing that is named first in the caption opens the true candidate: the order of mention must not decide.
     openings = [
