@@ -110,7 +110,8 @@ def test_takes_a_noise_schedule_and_missing_parts(teacher_parts: dict[str, Any])
     schedule = NoiseSchedule(torch.full((5,), 0.8), torch.full((5,), 0.6), torch.arange(5), "epsilon")
     teacher = DiffusionTeacher(teacher_parts["unet"], None, None, None, schedule)
     assert teacher.schedule is schedule
-    assert teacher.predict(torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.randn(1, models.CONTEXT_LENGTH, 64)).shape == (1, 4, 8, 8)
+    text = torch.randn(1, models.CONTEXT_LENGTH, 64)
+    assert teacher.predict(torch.randn(1, 4, 8, 8), torch.tensor([1]), text).shape == (1, 4, 8, 8)
     with pytest.raises(ValueError, match="vae: this teacher was built without one"):
         teacher.encode_images(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match="tokenizer: this teacher was built without one"):
@@ -155,7 +156,8 @@ def test_cache_is_bounded(teacher: DiffusionTeacher, encoder_calls: list[int], s
     encoded = teacher.encode_text(captions)
     assert encoded.shape[0] == 4
     assert len(teacher._text_cache) == size
-    assert sum(row.untyped_storage().nbytes() for row in teacher._text_cache.values()) == size * models.CONTEXT_LENGTH * 64 * 4
+    bytes_kept = sum(row.untyped_storage().nbytes() for row in teacher._text_cache.values())
+    assert bytes_kept == size * models.CONTEXT_LENGTH * 64 * 4
     torch.testing.assert_close(teacher.encode_text(captions), encoded)
     assert encoder_calls == [4, 4 - size]
 

@@ -18,6 +18,7 @@ from fastsds.sdsclip.ranking import ranking_loss, soft_targets
 from fastsds.toyworld import models
 
 CAPTIONS = ["a red circle", "a blue square", "a green circle", "a small red square"]
+TOKENS = torch.zeros(4, 3, models.CONTEXT_LENGTH, dtype=torch.int64)
 CANDIDATES = [[caption, "a large blue circle", "a red circle left of a blue square"] for caption in CAPTIONS]
 LAYERNORM = ("ln_1.", "ln_2.", "ln_pre.", "ln_post.", "ln_final.")
 
@@ -424,10 +425,7 @@ def test_options_outside_their_range_are_refused(clip: Any, options: dict[str, A
         ({"images": torch.zeros(4, 3, 32, 32, dtype=torch.uint8)}, r"expected floating point .* got torch.uint8"),
         ({"images": torch.zeros(3, 3, 32, 32)}, "got 3 images, 4 token rows and 4 captions"),
         ({"captions": CAPTIONS[:2]}, "captions: expected one per image, got 4 images, 4 token rows and 2 captions"),
-        (
-            {"tokens": torch.zeros(5, models.CONTEXT_LENGTH, dtype=torch.int64)},
-            "got 4 images, 5 token rows and 4 captions",
-        ),
+        ({"tokens": TOKENS[0, :1].repeat(5, 1)}, "got 4 images, 5 token rows and 4 captions"),
         (
             {"tokens": torch.zeros(4, models.CONTEXT_LENGTH, dtype=torch.int64, device="meta")},
             "images, tokens: expected on the CLIP model's device cpu, got cpu and meta",
@@ -439,9 +437,6 @@ def test_batches_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         SDSDistiller(clip, None, sds_weight=0)(**{**batch, **change})
-
-
-TOKENS = torch.zeros(4, 3, models.CONTEXT_LENGTH, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
