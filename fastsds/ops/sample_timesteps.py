@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsds.ops import _checks, _dispatch, philox
+from fastsds.ops import _checks, _dispatch, _extension, philox
 
 Strategy = Literal["uniform", "stratified", "antithetic", "importance"]
 
@@ -192,3 +192,4 @@ _dispatch.define(
     fake=_empty,
     reference=reference,
 )
+_extension.register("sample_timesteps")

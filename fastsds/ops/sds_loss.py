@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsds.ops import _checks, _dispatch, _layout
+from fastsds.ops import _checks, _dispatch, _extension, _layout, _triton
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 Jacobian = Literal["full", "skip"]
@@ -286,6 +286,10 @@ _dispatch.define(
     fake=_empty_backward,
     reference=reference_backward,
 )
+_extension.register("sds_loss", _empty)
+_triton.register("sds_loss", _empty)
+_extension.register("sds_loss_backward", _empty_backward)
+_triton.register("sds_loss_backward", _empty_backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

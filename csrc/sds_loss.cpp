@@ -1,0 +1,165 @@
+// sds_loss and its backward on the CPU: guidance, residual, loss and gradients in one pass over the prediction.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <array>
+#include <string_view>
+
+#include "elements.h"
+
+namespace fastsds {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+struct Options {
+  std::string_view prediction_type, jacobian;
+  double guidance_scale;
+  int64_t batch_offset;
+};
+
+// The residual of a draw is `slope (guided - (a eps + b z))`.
+template <typename T>
+struct Line {
+  T slope, a, b, slope_latents;
+  bool reads_eps, reads_latents;
+};
+
+template <typename T>
+Line<T> line_of(std::string_view prediction_type, T alpha, T sigma) {
+  if (prediction_type == "epsilon") return {1, 1, 0, 0, true, false};
+  if (prediction_type == "v_prediction") return {alpha, alpha, -sigma, alpha * sigma, true, true};
+  if (prediction_type == "sample") return {-alpha / sigma, 0, 1, alpha / sigma, false, true};
+  return {alpha, 1, -1, alpha, true, true};
+}
+
+// Gradients in prediction, latents and prediction_uncond; those that are not wanted are undefined.
+using Gradients = std::array<at::Tensor, 3>;
+
+template <typename T>
+void residual_pass(const at::Tensor& grad, const at::Tensor& prediction, const at::Tensor& latents,
+                   const at::Tensor& alpha_t, const at::Tensor& sigma_t, const at::Tensor& weight, uint64_t seed,
+                   const Optional& prediction_uncond, const Options& options, const at::Tensor& loss,
+                   const Gradients& gradients) {
+  const int64_t batch = alpha_t.size(0), draws = alpha_t.size(1);
+  const Tasks tasks(batch, draws, batch > 0 ? latents.numel() / batch : 0);
+  const bool skip = options.jacobian == "skip", guided_by_uncond = prediction_uncond.has_value();
+  const T text_share = guided_by_uncond ? options.guidance_scale : 1.0;
+  const at::Tensor alphas = coefficients<T>(alpha_t), sigmas = coefficients<T>(sigma_t);
+  const at::Tensor weights = coefficients<T>(weight);
+  const at::Tensor upstreams = grad.defined() ? coefficients<T>(grad) : weights;
+  const T *alpha = alphas.const_data_ptr<T>(), *sigma = sigmas.const_data_ptr<T>();
+  const T *w = weights.const_data_ptr<T>(), *upstream = upstreams.const_data_ptr<T>();
+
+  const Source<T> text(prediction), source(latents);
+  const Source<T> uncond = guided_by_uncond ? Source<T>(*prediction_uncond) : Source<T>();
+  auto target_of = [](const at::Tensor& gradient) { return gradient.defined() ? Target<T>(gradient) : Target<T>(); };
+  Target<T> grad_text = target_of(gradients[0]), grad_latents = target_of(gradients[1]);
+  Target<T> grad_uncond = target_of(gradients[2]);
+
+  const at::Tensor squares = at::empty({batch * draws, tasks.blocks}, alphas.options());
+  T* sums_of_squares = squares.mutable_data_ptr<T>();
+  at::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
+    float noise_buffer[kNoiseBuffer];
+    T in_text[kBlock], in_uncond[kBlock], in_latents[kBlock];
+    T combined[kBlock], residuals[kBlock], result[kBlock], sums[kBlock];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / tasks.blocks, block = task % tasks.blocks, offset = block * kBlock;
+      const int64_t count = std::min(kBlock, tasks.elements - offset), first_latent = image * tasks.elements + offset;
+      T* sum = grad_latents.place(first_latent, sums);
+      if (grad_latents.defined()) std::fill_n(sum, count, T(0));
+      for (int64_t draw = image * draws; draw < (image + 1) * draws; ++draw) {
+        const int64_t first = draw * tasks.elements + offset;
+        const Line<T> line = line_of(options.prediction_type, alpha[draw], sigma[draw]);
+        const T* guided = text.read(first, count, in_text);
+        if (guided_by_uncond) {
+          guide(guided, uncond.read(first, count, in_uncond), text_share, count, combined);
+          guided = combined;
+        }
+        const uint64_t index = options.batch_offset * draws * tasks.elements + first;
+        const float* eps = line.reads_eps ? noise(seed, index, count, noise_buffer) : nullptr;
+        const T* z = line.reads_latents ? source.read(first_latent, count, in_latents) : nullptr;
+        sums_of_squares[draw * tasks.blocks + block] =
+            residual(guided, eps, line.a, z, line.b, line.slope, count, residuals);
+        const T scaled = upstream[draw] * w[draw] * (skip ? T(1) : T(2) / static_cast<T>(tasks.elements));
+        const auto write = [&](const Target<T>& target, T factor) {
+          if (!target.defined()) return;
+          T* made = target.place(first, result);
+          scale(factor, residuals, count, made);
+          target.write(first, count, made);
+        };
+        write(grad_text, text_share * line.slope * scaled);
+        write(grad_uncond, (1 - text_share) * line.slope * scaled);
+        if (grad_latents.defined()) accumulate(skip ? scaled : line.slope_latents * scaled, residuals, count, sum);
+      }
+      if (grad_latents.defined()) grad_latents.write(first_latent, count, sum);
+    }
+  });
+
+  T* losses = loss.mutable_data_ptr<T>();
+  for (int64_t draw = 0; draw < batch * draws; ++draw) {
+    T sum = 0;
+    for (int64_t block = 0; block < tasks.blocks; ++block) sum += sums_of_squares[draw * tasks.blocks + block];
+    losses[draw] = w[draw] * (sum / static_cast<T>(tasks.elements));
+  }
+  grad_text.finish();
+  grad_latents.finish();
+  grad_uncond.finish();
+}
+
+void run(const at::Tensor& grad, const at::Tensor& prediction, const at::Tensor& latents, const at::Tensor& alpha_t,
+         const at::Tensor& sigma_t, const at::Tensor& weight, const at::Tensor& seed, const Optional& prediction_uncond,
+         const Options& options, const at::Tensor& loss, const Gradients& gradients) {
+  const auto pass = latents.scalar_type() == at::kDouble ? residual_pass<double> : residual_pass<float>;
+  pass(grad, prediction, latents, alpha_t, sigma_t, weight, *seed.const_data_ptr<int64_t>(), prediction_uncond, options,
+       loss, gradients);
+}
+
+void sds_loss(const at::Tensor& prediction, const at::Tensor& latents, const at::Tensor& alpha_t,
+              const at::Tensor& sigma_t, const at::Tensor& weight, const at::Tensor& seed,
+              std::string_view prediction_type, const Optional& prediction_uncond, double guidance_scale,
+              std::string_view jacobian, int64_t batch_offset, const at::Tensor& loss) {
+  const Options options{prediction_type, jacobian, guidance_scale, batch_offset};
+  run({}, prediction, latents, alpha_t, sigma_t, weight, seed, prediction_uncond, options, loss, {});
+}
+
+void sds_loss_backward(const at::Tensor& grad, const at::Tensor& prediction, const at::Tensor& latents,
+                       const at::Tensor& alpha_t, const at::Tensor& sigma_t, const at::Tensor& weight,
+                       const at::Tensor& seed, std::string_view prediction_type, const Optional& prediction_uncond,
+                       double guidance_scale, std::string_view jacobian, int64_t batch_offset,
+                       std::array<bool, 3> needs, const at::Tensor& loss, const at::Tensor& grad_prediction,
+                       const at::Tensor& grad_latents, const at::Tensor& grad_prediction_uncond) {
+  Gradients gradients;
+  if (needs[0]) gradients[0] = grad_prediction;
+  if (needs[1]) gradients[1] = grad_latents;
+  if (needs[2] && prediction_uncond.has_value()) gradients[2] = grad_prediction_uncond;
+  if (jacobian == "skip") {
+    for (at::Tensor* gradient : {&gradients[0], &gradients[2]}) {
+      if (gradient->defined()) gradient->zero_();
+      gradient->reset();
+    }
+  }
+  const Options options{prediction_type, jacobian, guidance_scale, batch_offset};
+  run(grad, prediction, latents, alpha_t, sigma_t, weight, seed, prediction_uncond, options, loss, gradients);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastsds_native, library) {
+  library.def(
+      "sds_loss(Tensor prediction, Tensor latents, Tensor alpha_t, Tensor sigma_t, Tensor weight, Tensor seed, "
+      "str prediction_type, Tensor? prediction_uncond, float guidance_scale, str jacobian, int batch_offset, "
+      "Tensor(a!) loss) -> ()");
+  library.def(
+      "sds_loss_backward(Tensor grad, Tensor prediction, Tensor latents, Tensor alpha_t, Tensor sigma_t, "
+      "Tensor weight, Tensor seed, str prediction_type, Tensor? prediction_uncond, float guidance_scale, "
+      "str jacobian, int batch_offset, bool[3] needs, Tensor(a!) loss, Tensor(b!) grad_prediction, "
+      "Tensor(c!) grad_latents, Tensor(d!) grad_prediction_uncond) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(fastsds_native, CPU, library) {
+  library.impl("sds_loss", sds_loss);
+  library.impl("sds_loss_backward", sds_loss_backward);
+}
+
+}  // namespace fastsds
