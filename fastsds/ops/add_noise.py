@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsds.ops import _checks, _dispatch, _layout
+from fastsds.ops import _checks, _dispatch, _extension, _layout, _triton
 
 
 def add_noise(
@@ -102,6 +102,10 @@ _dispatch.define(
     fake=_empty_backward,
     reference=reference_backward,
 )
+_extension.register("add_noise", _empty)
+_extension.register("add_noise_backward", _empty_backward)
+_triton.register("add_noise", _empty)
+_triton.register("add_noise_backward", _empty_backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
