@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsds import ops, toyworld
+    from fastsds.clip import PrefixTextEncoder
     from fastsds.data import CaptionDataset
     from fastsds.diffusion import DiffusionScorer, DiffusionTeacher, NoiseSchedule, SDSLoss
     from fastsds.sdsclip import DistillOutput, LatentProjector, SDSDistiller
@@ -24,6 +25,7 @@ _HOMES = {
     "DistillTrainer": "fastsds.training",
     "LatentProjector": "fastsds.sdsclip",
     "NoiseSchedule": "fastsds.diffusion",
+    "PrefixTextEncoder": "fastsds.clip",
     "SDSDistiller": "fastsds.sdsclip",
     "SDSLoss": "fastsds.diffusion",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "DistillTrainer",
     "LatentProjector",
     "NoiseSchedule",
+    "PrefixTextEncoder",
     "SDSDistiller",
     "SDSLoss",
     "ops",
