@@ -150,7 +150,7 @@ def sds_loss_backward(
     grad: Tensor,  # [batch, draws]
     *arguments: Any,
 ) -> None:
-    """Fills `results`, but for the gradients that the last argument, `needs`, leaves out; the others are `sds_loss`'s."""
+    """Fills `results`; after the arguments of `sds_loss` comes `needs`, which says which gradients are wanted."""
     *arguments, needs = arguments
     loss, *gradients = results
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
