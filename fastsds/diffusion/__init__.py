@@ -4,6 +4,14 @@ from fastsds.diffusion.loss import SDSLoss
 from fastsds.diffusion.schedule import NoiseSchedule
 from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.teacher import DiffusionTeacher, UnsupportedTeacherError
-from fastsds.diffusion.timesteps import SeedStream
+from fastsds.diffusion.timesteps import SeedStream, TimestepSampler
 
-__all__ = ["DiffusionScorer", "DiffusionTeacher", "NoiseSchedule", "SDSLoss", "SeedStream", "UnsupportedTeacherError"]
+__all__ = [
+    "DiffusionScorer",
+    "DiffusionTeacher",
+    "NoiseSchedule",
+    "SDSLoss",
+    "SeedStream",
+    "TimestepSampler",
+    "UnsupportedTeacherError",
+]

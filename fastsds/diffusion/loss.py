@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsds.diffusion.schedule import Weighting
 from fastsds.diffusion.teacher import DiffusionTeacher
-from fastsds.diffusion.timesteps import SeedStream
+from fastsds.diffusion.timesteps import SeedStream, TimestepSampler
 from fastsds.ops import TimestepDraw, add_noise, sample_timesteps, sds_loss, sds_loss_and_gradients
 from fastsds.ops.sample_timesteps import Strategy
 from fastsds.ops.sds_loss import Jacobian
@@ -30,7 +30,8 @@ class SDSLoss(nn.Module):
     Args:
         teacher: the frozen diffusion model.
         draws: noise draws per latent and call.
-        strategy: how timesteps are drawn; see `ops.sample_timesteps`.
+        strategy: how timesteps are drawn; see `ops.sample_timesteps`. `importance` learns from every call in training
+            mode, in `sampler`.
         weighting: w(t), by name or for every timestep; `uniform` is the paper's.
         jacobian: `full` differentiates through the U-Net, `skip` hands the residual to the latents.
         t_range: first timestep and the one after the last.
@@ -66,6 +67,9 @@ class SDSLoss(nn.Module):
         self.guidance_scale = guidance_scale
         self.teacher_batch = teacher_batch
         self.seeds = SeedStream(seed)
+        self.sampler: TimestepSampler | None = None
+        if strategy == "importance":
+            self.sampler = TimestepSampler(len(teacher.schedule), t_range=t_range)
 
     def forward(
         self,
@@ -99,6 +103,7 @@ class SDSLoss(nn.Module):
         draw = sample_timesteps(
             self.teacher.schedule, processes * len(latents), self.draws, seed,
             strategy=self.strategy, t_range=self.t_range, weighting=self.weighting,
+            cdf=None if self.sampler is None else self.sampler.cdf(latents.device),
         )  # fmt: skip
         draw = _rows(draw, slice(first, first + len(latents)))
 
@@ -116,9 +121,12 @@ class SDSLoss(nn.Module):
         # One latent's gradient under `full` is about 1 / elements: inside the cut it is kept at about 1.
         scale = float(latents[0].numel()) if self.jacobian == "full" else 1.0
         needs_gradient = torch.is_grad_enabled() and latents.requires_grad
-        return _CutLoss.apply(
+        loss, per_draw = _CutLoss.apply(
             latents, losses_and_gradient, self.teacher_batch or len(latents), scale if needs_gradient else None
         )
+        if self.sampler is not None and self.training:
+            self.sampler.update(draw.t, per_draw)
+        return loss
 
     def _losses_and_gradient(
         self,
@@ -191,7 +199,10 @@ def _rows(draw: TimestepDraw, rows: slice) -> TimestepDraw:
 
 
 class _CutLoss(torch.autograd.Function):
-    """The mean of the draws' losses, computed piece by piece; the gradient at the latents is ready after forward."""
+    """The mean of the draws' losses, computed piece by piece, and the losses themselves, without a gradient.
+
+    The mean's gradient at the latents is ready after forward.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -200,7 +211,7 @@ class _CutLoss(torch.autograd.Function):
         losses_and_gradient: Callable[[Tensor, slice, float | None], tuple[Tensor, Tensor | None]],
         piece_size: int,
         scale: float | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
         losses, gradients = [], []
         for start in range(0, len(latents), piece_size):
@@ -209,13 +220,14 @@ class _CutLoss(torch.autograd.Function):
             losses.append(loss.detach())
             gradients.append(gradient)
         per_draw = torch.cat(losses)
+        ctx.mark_non_differentiable(per_draw)
         if scale is not None:
             whole = torch.cat([gradient for gradient in gradients if gradient is not None])
             ctx.save_for_backward((whole / (scale * per_draw.numel())).to(latents.dtype))
-        return per_draw.mean()
+        return per_draw.mean(), per_draw
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None

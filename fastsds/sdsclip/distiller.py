@@ -17,7 +17,7 @@ from fastsds.diffusion.loss import SDSLoss, Text
 from fastsds.diffusion.schedule import Weighting
 from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.teacher import DiffusionTeacher
-from fastsds.diffusion.timesteps import SeedStream
+from fastsds.diffusion.timesteps import SeedStream, TimestepSampler
 from fastsds.ops.sample_timesteps import Strategy
 from fastsds.ops.sds_loss import Jacobian
 from fastsds.sdsclip.projector import LatentProjector
@@ -140,9 +140,11 @@ class SDSDistiller(nn.Module):
                 f"{len(self.tuned)}; use the `tune` it was trained with"
             )
 
-    def random_streams(self) -> dict[str, SeedStream]:
-        """The streams of noise, which a resumed run continues."""
-        return {"noise": self.seeds}
+    def random_streams(self) -> dict[str, SeedStream | TimestepSampler]:
+        """The stream of noise and, where it is learned, the density of timesteps, which a resumed run continues."""
+        if self.sds_loss is None or self.sds_loss.sampler is None:
+            return {"noise": self.seeds}
+        return {"noise": self.seeds, "timesteps": self.sds_loss.sampler}
 
     def train(self, mode: bool = True) -> SDSDistiller:
         """Batch norms whose parameters are frozen keep their statistics."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import runpy
@@ -16,8 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fastsds.clip import ModelMismatchError
+from fastsds.diffusion import DiffusionTeacher, TimestepSampler
 from fastsds.sdsclip import SDSDistiller
 from fastsds.training import CheckpointError, DistillConfig, DistillTrainer, NonFiniteLossError, Trainer
 from fastsds.training.checkpoint import latest_checkpoint
@@ -452,3 +456,37 @@ def test_a_run_of_another_length_is_refused(toy: Any, loader: Any, config: Any) 
         CheckpointError, match="step-00000004: it belongs to a run of 4 steps and this one has 9; the learn"
     ):
         Trainer(toy(), loader(), config(steps=9)).fit(resume=True)
+
+
+@pytest.mark.parametrize("clip", ["CLIP"], indirect=True)
+def test_a_resumed_run_continues_the_learned_timesteps(
+    clip: nn.Module, clip_tokenizer: Any, teacher: DiffusionTeacher, tmp_path: Path
+) -> None:
+    captions = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("circle", "square", "ring")]
+    rows = list(zip(torch.randn(6, 3, 32, 32), clip_tokenizer(captions), captions, strict=True))
+    start = copy.deepcopy(clip)
+
+    def collate(rows: list[Any]) -> dict[str, Any]:
+        images, tokens, captions = zip(*rows, strict=True)
+        return {"images": torch.stack(images), "tokens": torch.stack(tokens), "captions": list(captions)}
+
+    def run(out: str, stop: int | None = None, resume: bool = False) -> SDSDistiller:
+        torch.manual_seed(0)
+        distiller = SDSDistiller(copy.deepcopy(start), teacher, sds_weight=0.1, strategy="importance", draws=2)
+        distiller.sds_loss.sampler = TimestepSampler(1000, bins=2, warmup=2)
+        if stop is not None:
+            calls = itertools.count(1)
+            distiller.register_forward_pre_hook(lambda *_: _stop_at(stop)(next(calls)))
+        config = DistillConfig(out=tmp_path / out, steps=10, lr=1e-2, save_every=4, progress=False, tensorboard=False)
+        DistillTrainer(distiller, DataLoader(rows, 3, shuffle=True, collate_fn=collate), config).fit(resume=resume)
+        return distiller
+
+    whole = run("whole")
+    with pytest.raises(_Stop):
+        run("stopped", stop=7)
+    resumed = run("stopped", resume=True)
+    state, expected = (distiller.random_streams()["timesteps"].state_dict() for distiller in (resumed, whole))
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert all(torch.equal(tensor, _weights(whole)[name]) for name, tensor in _weights(resumed).items())
+    cdf = whole.sds_loss.sampler.cdf(torch.device("cpu"))
+    assert abs(cdf[499] - 0.5) > 0.01  # it had learned something to lose
