@@ -110,7 +110,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = {
-            "images": self.preprocess(_open(self.images[index])),
+            "images": self.preprocess(open_image(self.images[index])),
             "tokens": self.tokenizer([self.captions[index]])[0],
             "captions": self.captions[index],
         }
@@ -151,7 +151,12 @@ def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: torch.stack(values) if isinstance(values[0], Tensor) else values for name, values in columns.items()}
 
 
-def _open(image: str | Path | Image.Image) -> Image.Image:
+def open_image(image: str | Path | Image.Image) -> Image.Image:
+    """The image in RGB.
+
+    Raises:
+        DataError: it does not exist or cannot be decoded.
+    """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:
