@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastsds.toyworld import models
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton and the ops are imported, which read it once
+
+from fastsds.toyworld import models  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +125,8 @@ class PhiloxOracle:
         radius = np.sqrt(dtype(-2) * np.log(uniform[0::2]))
         angle = dtype(2 * np.pi) * uniform[1::2]
         normals = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
-        return torch.from_numpy(normals[start - first : start - first + count].reshape(shape))
+        normals = normals[start - first : start - first + count].reshape(shape)
+        return torch.from_numpy(normals).to(torch.get_default_device())
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from fastsds.ops import TimestepDraw, add_noise, sample_timesteps
+from fastsds.ops import TimestepDraw, philox, sample_timesteps
 
 STRATEGIES = ["uniform", "stratified", "antithetic", "importance"]
 
@@ -91,8 +91,8 @@ RANGE = (5, 35)
 
 
 @functools.cache
-def _many(strategy: str) -> TimestepDraw:
-    """A small draw under each of many seeds, `[seeds, 2, 2]`; 30 timesteps do not divide into its 4 strata."""
+def _many(strategy: str, backend: str) -> TimestepDraw:
+    """The backend's draws under many seeds, `[seeds, 2, 2]`; 30 timesteps do not divide into 4 strata."""
     weighting = 1.5 + torch.cos(torch.arange(40) / 8)
     draws = [_sample(2, 2, seed, timesteps=40, strategy=strategy, t_range=RANGE, weighting=weighting) for seed in SEEDS]
     return TimestepDraw(*(torch.stack(values) for values in zip(*draws, strict=True)))
@@ -107,8 +107,8 @@ def _probabilities(strategy: str) -> Tensor:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("position", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_each_draw_alone_has_the_wanted_distribution(strategy: str, position: tuple[int, int]) -> None:
-    t = _many(strategy).t[:, position[0], position[1]] - RANGE[0]
+def test_each_draw_alone_has_the_wanted_distribution(strategy: str, position: tuple[int, int], backend: str) -> None:
+    t = _many(strategy, backend).t[:, position[0], position[1]] - RANGE[0]
     counts = torch.bincount(t, minlength=30).reshape(15, 2).sum(dim=1)
     expected = len(SEEDS) * _probabilities(strategy).reshape(15, 2).sum(dim=1)
     assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 0.005
@@ -124,8 +124,8 @@ def test_timesteps_without_mass_are_not_drawn() -> None:
     assert seen == {1, 3, 4}
 
 
-def test_uniform_draws_are_independent() -> None:
-    t = _many("uniform").t.flatten(1).double()
+def test_uniform_draws_are_independent(backend: str) -> None:
+    t = _many("uniform", backend).t.flatten(1).double()
     assert (torch.corrcoef(t.T) - torch.eye(4)).abs().max() < 4 / len(SEEDS) ** 0.5
 
 
@@ -149,10 +149,10 @@ def test_stratified_order_is_random() -> None:
     assert len(orders) > 30
 
 
-def test_stratified_has_less_variance_than_uniform() -> None:
+def test_stratified_has_less_variance_than_uniform(backend: str) -> None:
     """One draw in each stratum: four strata of a linear function leave a sixteenth of its variance."""
-    stratified, uniform = (_many(strategy).t.double().mean(dim=(1, 2)).var() for strategy in ("stratified", "uniform"))
-    assert stratified < 0.1 * uniform
+    means = {strategy: _many(strategy, backend).t.double().mean(dim=(1, 2)) for strategy in ("stratified", "uniform")}
+    assert means["stratified"].var() < 0.1 * means["uniform"].var()
 
 
 @pytest.mark.parametrize(("batch", "draws"), [(3, 2), (2, 4), (4, 1), (3, 3)])
@@ -168,11 +168,11 @@ def test_antithetic_draws_mirror_each_other(batch: int, draws: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_mean_of_the_weighted_loss_is_that_of_uniform(strategy: str) -> None:
+def test_mean_of_the_weighted_loss_is_that_of_uniform(strategy: str, backend: str) -> None:
     """Unbiased: the mean over many calls of `weight * f(t)` is the mean of `w * f` over the range."""
     timesteps = torch.arange(40).double()
     f = torch.sin(timesteps / 4) + (timesteps / 8) ** 2 + 1
-    draw = _many(strategy)
+    draw = _many(strategy, backend)
     means = (draw.weight * f[draw.t]).mean(dim=(1, 2))
     expected = ((1.5 + torch.cos(timesteps / 8)) * f)[slice(*RANGE)].mean()
     error = means.std() / len(SEEDS) ** 0.5
@@ -212,9 +212,9 @@ def test_replays_by_seed(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_independent_of_the_noise_under_the_same_seed(strategy: str) -> None:
+def test_independent_of_the_noise_under_the_same_seed(strategy: str, backend: str) -> None:
     """One seed serves both ops: over many seeds, timesteps and the first noise elements are uncorrelated."""
-    t = _many(strategy).t.flatten(1).double()
+    t = _many(strategy, backend).t.flatten(1).double()
     for values in (_noise(), _noise().abs()):
         correlation = torch.corrcoef(torch.cat([t, values], dim=1).T)[:4, 4:]
         assert correlation.abs().max() < 4 / len(SEEDS) ** 0.5
@@ -223,8 +223,7 @@ def test_independent_of_the_noise_under_the_same_seed(strategy: str) -> None:
 @functools.cache
 def _noise() -> Tensor:
     """The first eight elements of the noise under each seed."""
-    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
-    return torch.cat([add_noise(torch.zeros(1, 8), zero, one, torch.tensor(seed))[:, 0] for seed in SEEDS]).double()
+    return torch.stack([philox.normal(torch.tensor(seed), (8,)) for seed in SEEDS]).double()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
