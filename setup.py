@@ -32,7 +32,15 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).parent
 RECORD = "_build.json"  # read by fastsds/ops/_extension.py
 # Contraction and fast-math off: every machine makes the same noise and timesteps.
-CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-Wno-maybe-uninitialized",
+]
 NVCC_FLAGS = ["-O3", "-fmad=false"]
 
 

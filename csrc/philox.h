@@ -67,48 +67,53 @@ FASTSDS_INLINE float float_of(int32_t bits) {
   return value;
 }
 
-// (word + 1/2) / 2^32, the word first rounded to float: in (0, 1], so that its logarithm is finite. The halves make
-// the conversion signed, which every instruction set has, and their sum rounds once.
-FASTSDS_INLINE float uniform(uint32_t word) {
-  const float rounded = static_cast<float>(static_cast<int32_t>(word >> 16)) * 65536.0f +
-                        static_cast<float>(static_cast<int32_t>(word & 0xFFFFu));
-  return rounded * 0x1p-32f + 0x1p-33f;
+// (word + 1/2) / 2^32 times a power of two, the word first rounded to float: u in (0, 1], with a finite logarithm.
+FASTSDS_INLINE float uniform(uint32_t word, float times = 1.0f) {
+  return static_cast<float>(word) * (times * 0x1p-32f) + times * 0x1p-33f;
 }
 
-// ln(u) for u in (0, 1], to about an ulp at both ends: u = 2^e m with m in [sqrt(1/2), sqrt(2)), and a minimax
-// polynomial in m - 1.
-FASTSDS_INLINE float natural_log(float u) {
-  const int32_t bits = bits_of(u);
-  const int32_t exponent = (bits - 0x3F3504F3) >> 23;
+// -2 ln(u) for u in (0, 1], to 2e-7 of its value: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and a minimax
+// polynomial for ln(1 + f).
+FASTSDS_INLINE float minus_twice_log(float u) {
+  const int32_t bits = bits_of(u), exponent = (bits - 0x3F3504F3) >> 23;
   const float f = float_of(bits - exponent * (1 << 23)) - 1.0f;
-  float p = -0.07634497f;
-  p = p * f + 0.12761576f;
-  p = p * f - 0.13160183f;
-  p = p * f + 0.14201757f;
-  p = p * f - 0.16623357f;
-  p = p * f + 0.20001227f;
-  p = p * f - 0.2500082f;
-  p = p * f + 0.3333333f;
-  const float square = f * f, e = static_cast<float>(exponent);
-  // ln 2 in two parts, the first of which has room for the exponent's bits.
-  return e * 0.693359375f + (f + (square * (f * p - 0.5f) - e * 2.12194440e-4f));
+  float p = -0.1740087f;
+  p = p * f + 0.28534973f;
+  p = p * f - 0.29829538f;
+  p = p * f + 0.3315517f;
+  p = p * f - 0.39926127f;
+  p = p * f + 0.50002676f;
+  p = p * f - 0.6666782f;
+  p = p * f + 1.0f;
+  p = p * f - 2.0f;
+  return p * f - static_cast<float>(exponent) * 1.3862944f;
 }
 
-// cos and sin of a full turn times u, for u in [0, 1]: the nearest quarter turn is taken off exactly.
-FASTSDS_INLINE Pair turn(float u) {
-  const int32_t quarter = static_cast<int32_t>(u * 4.0f + 0.5f);
-  const float r = u - static_cast<float>(quarter) * 0.25f, q = r * r;
-  const float sine = r * (6.2831855f + q * (-41.341663f + q * (81.592354f + q * -75.39356f)));
-  const float cosine = 1.0f + q * (-19.739208f + q * (64.93932f + q * (-85.44374f + q * 59.245964f)));
-  const bool odd = (quarter & 1) != 0;
-  const int32_t cosine_sign = ((quarter + 1) & 2) << 30, sine_sign = (quarter & 2) << 30;
-  return {float_of(bits_of(odd ? sine : cosine) ^ cosine_sign), float_of(bits_of(odd ? cosine : sine) ^ sine_sign)};
+// cos and sin of `half_turns` times pi, for half_turns in [0, 2]: whole half turns are taken off exactly and flip the
+// signs; minimax polynomials for the rest, to 2e-7.
+FASTSDS_INLINE Pair direction(float half_turns) {
+  const int32_t whole = static_cast<int32_t>(half_turns + 0.5f);
+  const float r = half_turns - static_cast<float>(whole), q = r * r;
+  float cosine = -0.0244207f;
+  cosine = cosine * q + 0.23495393f;
+  cosine = cosine * q - 1.335216f;
+  cosine = cosine * q + 4.0587096f;
+  cosine = cosine * q - 4.934802f;
+  cosine = cosine * q + 1.0f;
+  float sine = 0.07756039f;
+  sine = sine * q - 0.5982421f;
+  sine = sine * q + 2.5500698f;
+  sine = sine * q - 5.16771f;
+  sine = sine * q + 3.1415927f;
+  sine = sine * r;
+  const int32_t sign = static_cast<int32_t>(static_cast<uint32_t>(whole) << 31);
+  return {float_of(bits_of(cosine) ^ sign), float_of(bits_of(sine) ^ sign)};
 }
 
 FASTSDS_INLINE Pair box_muller(uint32_t first, uint32_t second) {
-  const float radius = std::sqrt(-2.0f * natural_log(uniform(first)));
-  const Pair direction = turn(uniform(second));
-  return {radius * direction.first, radius * direction.second};
+  const float radius = std::sqrt(minus_twice_log(uniform(first)));
+  const Pair unit = direction(uniform(second, 2.0f));
+  return {radius * unit.first, radius * unit.second};
 }
 
 }  // namespace fastsds
