@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from fastsds.clip import PrefixTextEncoder
     from fastsds.data import CaptionDataset
     from fastsds.diffusion import DiffusionScorer, DiffusionTeacher, NoiseSchedule, SDSLoss
+    from fastsds.intcoop import IntCoOp
     from fastsds.sdsclip import DistillOutput, LatentProjector, SDSDistiller
-    from fastsds.training import DistillConfig, DistillTrainer
+    from fastsds.training import DistillConfig, DistillTrainer, IntCoOpConfig, IntCoOpTrainer
 
 __version__ = "0.1.0"
 
@@ -23,13 +24,16 @@ _HOMES = {
     "DistillConfig": "fastsds.training",
     "DistillOutput": "fastsds.sdsclip",
     "DistillTrainer": "fastsds.training",
+    "IntCoOp": "fastsds.intcoop",
+    "IntCoOpConfig": "fastsds.training",
+    "IntCoOpTrainer": "fastsds.training",
     "LatentProjector": "fastsds.sdsclip",
     "NoiseSchedule": "fastsds.diffusion",
     "PrefixTextEncoder": "fastsds.clip",
     "SDSDistiller": "fastsds.sdsclip",
     "SDSLoss": "fastsds.diffusion",
 }
-_MODULES = ("clip", "data", "diffusion", "evaluation", "ops", "sdsclip", "toyworld", "training")
+_MODULES = ("clip", "data", "diffusion", "evaluation", "intcoop", "ops", "sdsclip", "toyworld", "training")
 
 __all__ = [
     "CaptionDataset",
@@ -38,6 +42,9 @@ __all__ = [
     "DistillConfig",
     "DistillOutput",
     "DistillTrainer",
+    "IntCoOp",
+    "IntCoOpConfig",
+    "IntCoOpTrainer",
     "LatentProjector",
     "NoiseSchedule",
     "PrefixTextEncoder",

@@ -19,7 +19,7 @@ PACKAGE = Path(fastsds.__file__).parent
 FLOORS = (
     ("ops",),
     ("diffusion", "clip"),
-    ("sdsclip",),
+    ("sdsclip", "intcoop"),
     ("data", "evaluation", "training"),
     ("toyworld", "cli"),
 )

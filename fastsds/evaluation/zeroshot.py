@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
@@ -36,7 +35,10 @@ def zero_shot_accuracy(
     prompts = [template.format(name) for name in classnames for template in templates]
     features = encode_captions(clip, tokenizer, prompts).unflatten(0, (len(classnames), len(templates)))
     classifier = F.normalize(features.mean(dim=1), dim=-1)
-    logits = encode_images(clip, images) @ classifier.T
-    rows = torch.arange(len(labels), device=logits.device)
-    own = logits[rows, labels.to(logits.device)].unsqueeze(1)
-    return ((logits >= own).sum(dim=1) == 1).double().mean().item()
+    return strict_hits(encode_images(clip, images) @ classifier.T, labels).double().mean().item()
+
+
+def strict_hits(logits: Float[Tensor, "images classes"], labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
+    """Whether each image's class has the single highest logit; a tie is wrong."""
+    own = logits.gather(1, labels.to(logits.device).unsqueeze(1))
+    return (logits >= own).sum(dim=1) == 1
