@@ -190,7 +190,7 @@ def read_tower(clip: nn.Module) -> TextTower:
         return _read_open_clip(clip, clip, clip.text_pool_type, clip.text_eos_id)
     if isinstance(clip, open_clip.CustomTextCLIP):
         text = clip.text
-        if not isinstance(text, open_clip.TextTransformer):
+        if not isinstance(text, open_clip.transformer.TextTransformer):
             raise UnsupportedTowerError(clip, f"its text tower is a {type(text).__name__}")
         if text.cls_emb is not None:
             raise UnsupportedTowerError(clip, "it reads a class token after the text (cls_emb)")
