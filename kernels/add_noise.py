@@ -39,7 +39,7 @@ def add_noise_kernel(
         alpha, sigma = tl.load(alpha_t + row).to(COMPUTE), tl.load(sigma_t + row).to(COMPUTE)
         first = (batch_offset * draws + row) * numel
         eps = tiles.noise(key, first, tile, pixels, CHANNELS, ALIGNED, TILE).to(COMPUTE)
-        tiles.store(noised + row * numel + offset, alpha * z + sigma * eps, mask)
+        tiles.store(noised + row * numel + offset, tl.fma(sigma, eps, alpha * z), mask)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def add_noise_backward_kernel(
     for draw in range(draws):
         row = image * draws + draw
         alpha = tl.load(alpha_t + row).to(COMPUTE)
-        total += alpha * tl.load(grad + row * numel + offset, mask=mask).to(COMPUTE)
+        total = tl.fma(alpha, tl.load(grad + row * numel + offset, mask=mask).to(COMPUTE), total)
     tiles.store(grad_latents + image * numel + offset, total, mask)
 
 
@@ -97,5 +97,5 @@ def add_noise_backward(
     with torch.cuda.device_of(grad):
         add_noise_backward_kernel[grid](
             tiles.in_memory_order(grad, channels_last), alpha_t.contiguous(), grad_latents, alpha_t.shape[1],
-            options["numel"], TILE=options["TILE"], num_warps=options["num_warps"],
+            options["numel"], TILE=options["TILE"], num_warps=options["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip

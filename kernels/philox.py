@@ -53,8 +53,10 @@ def _box_muller(first, second):
     quadrant = shifted.to(tl.int32, bitcast=True)
     rest = quarters - (shifted - 12582912.0)
     square = rest * rest
-    sine = rest * (1.570796322 + square * (-0.6459634602 + square * (0.07968003276 + square * -0.004601657848)))
-    cosine = 1.0 + square * (-1.233700549 + square * (0.2536694091 + square * (-0.0208615146 + square * 9.067033e-4)))
+    sine = tl.fma(square, tl.fma(square, -0.004601657848, 0.07968003276), -0.6459634602)
+    sine = rest * tl.fma(square, sine, 1.570796322)
+    cosine = tl.fma(square, tl.fma(square, 9.067033147e-4, -0.0208615146), 0.2536694091)
+    cosine = tl.fma(square, tl.fma(square, cosine, -1.233700549), 1.0)
     odd = (quadrant & 1) != 0
     x, y = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
     x = tl.where(((quadrant + 1) & 2) != 0, -x, x)
@@ -65,4 +67,4 @@ def _box_muller(first, second):
 @triton.jit
 def _uniform(word):
     """(word + 1/2) / 2**32, the word first rounded to float32."""
-    return word.to(tl.float32) * 2.0**-32 + 2.0**-33
+    return tl.fma(word.to(tl.float32), 2.0**-32, 2.0**-33)

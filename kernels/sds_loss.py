@@ -79,7 +79,7 @@ def sds_loss_kernel(
             guided = tl.load(prediction + at, mask=mask, other=0.0).to(COMPUTE)
             if uncond is not None:
                 unguided = tl.load(uncond + at, mask=mask, other=0.0).to(COMPUTE)
-                guided = unguided + scale * (guided - unguided)
+                guided = tl.fma(scale, guided - unguided, unguided)
             start = batch_offset * draws * numel + row * numel
             eps = tiles.noise(key, start, tl.cast(tile, tl.int64), pixels, CHANNELS, ALIGNED, TILE).to(COMPUTE)
             slope, slope_latents = alpha, alpha
@@ -87,7 +87,7 @@ def sds_loss_kernel(
                 residual = guided - eps
             elif PREDICTION_TYPE == "v_prediction":
                 slope_latents = alpha * sigma
-                residual = slope * (guided - (alpha * eps - sigma * z))
+                residual = slope * (guided - tl.fma(alpha, eps, -(sigma * z)))
             elif PREDICTION_TYPE == "sample":
                 slope_latents = alpha / sigma
                 slope = -slope_latents
@@ -101,12 +101,12 @@ def sds_loss_kernel(
                 grad_row = image * grad_batch_stride + (row - image * draws) * grad_draw_stride
                 upstream = tl.load(grad + grad_row).to(COMPUTE) * tl.load(weight + row).to(COMPUTE)
                 if JACOBIAN == "skip":
-                    in_latents += upstream * residual
+                    in_latents = tl.fma(upstream, residual, in_latents)
                     in_guided = tl.zeros([TILE], COMPUTE)
                 else:
                     in_guided = (upstream * 2.0 / numel) * residual
                     if PREDICTION_TYPE != "epsilon":
-                        in_latents += slope_latents * in_guided
+                        in_latents = tl.fma(slope_latents, in_guided, in_latents)
                         in_guided = slope * in_guided
                 if grad_prediction is not None:
                     text_share = in_guided

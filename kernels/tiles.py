@@ -94,4 +94,5 @@ def launch_options(latent: tuple[int, ...], channels_last: bool, max_warps: int)
     aligned = pixels % 4 == 0 and channels.bit_count() == 1 and 4 * channels <= tile
     return {
         "numel": numel, "pixels": pixels, "CHANNELS": channels, "ALIGNED": aligned, "TILE": tile, "num_warps": warps,
+        "enable_fp_fusion": False,  # sums and products are fused where a kernel says so, in all its variants alike
     }  # fmt: skip

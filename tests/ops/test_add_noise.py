@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsds.ops import add_noise
 
@@ -19,7 +20,7 @@ SEED = 1234
 def _inputs(
     shape: tuple[int, ...] = (3, 4, 5, 6), draws: int = 2, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     latents = torch.randn(shape, generator=generator).to(dtype)
     angle = torch.rand(shape[0], draws, generator=generator) * 1.5
     return latents, angle.cos(), angle.sin(), torch.tensor(SEED)
@@ -48,13 +49,15 @@ def _assert_as_accurate(actual: Tensor, plain: Tensor, expected: Tensor) -> None
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("output", [None, *LOW_PRECISION])
 @pytest.mark.parametrize("coefficients", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_as_accurate_as_plain_pytorch(
-    oracle: Any, dtype: torch.dtype, output: torch.dtype | None, coefficients: torch.dtype
+    oracle: Any, dtype: torch.dtype, output: torch.dtype | None, coefficients: torch.dtype, layout: torch.memory_format
 ) -> None:
-    latents, alpha_t, sigma_t, seed = _inputs(dtype=dtype)
+    latents, alpha_t, sigma_t, seed = _inputs((2, 4, 4, 6), dtype=dtype)
+    latents = latents.to(memory_format=layout)
     noised = add_noise(latents, alpha_t.to(coefficients), sigma_t.to(coefficients), seed, dtype=output)
     assert noised.dtype == (output or dtype)
-    assert noised.shape == (3, 2, 4, 5, 6)
+    assert noised.shape == (2, 2, 4, 4, 6)
     plain = _in_dtype(oracle, latents, alpha_t, sigma_t, output or dtype)
     _assert_as_accurate(noised, plain, _expected(oracle, latents, alpha_t, sigma_t))
 
@@ -92,6 +95,13 @@ def test_any_latent_shape(oracle: Any, shape: tuple[int, ...], draws: int) -> No
     torch.testing.assert_close(noised.double(), _expected(oracle, latents, alpha_t, sigma_t), rtol=1e-6, atol=5e-6)
 
 
+@pytest.mark.parametrize("numel", [127, 128, 129, 255, 511, 512, 513, 516, 1023, 1025])
+def test_sizes_around_blocks(oracle: Any, numel: int) -> None:
+    latents, alpha_t, sigma_t, seed = _inputs((2, numel), draws=1)
+    noised = add_noise(latents, alpha_t, sigma_t, seed)
+    torch.testing.assert_close(noised.double(), _expected(oracle, latents, alpha_t, sigma_t), rtol=1e-6, atol=5e-6)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0), (0, 5)])
 def test_empty(shape: tuple[int, ...]) -> None:
     latents, alpha_t, sigma_t, seed = _inputs(shape)
@@ -120,6 +130,22 @@ def test_replays_by_seed() -> None:
     noised = add_noise(latents, alpha_t, sigma_t, seed)
     assert torch.equal(noised, add_noise(latents, alpha_t, sigma_t, seed.reshape(1)))
     assert not torch.isclose(noised, add_noise(latents, alpha_t, sigma_t, seed + 1)).any()
+
+
+# Channels that are a power of two or not, more of them than a block has, and pixels that fill fours or do not.
+@pytest.mark.parametrize("latent", [(4, 5, 6), (4, 8, 8), (16, 6, 6), (2, 2, 2), (3, 4, 4), (256, 2, 2), (8, 1, 3)])
+def test_channels_last_is_contiguous_transposed(latent: tuple[int, ...]) -> None:
+    latents, alpha_t, sigma_t, seed = _inputs((2, *latent))
+    contiguous = add_noise(latents, alpha_t, sigma_t, seed)
+    strided = latents.to(memory_format=torch.channels_last).requires_grad_()
+    noised = add_noise(strided, alpha_t, sigma_t, seed)
+    assert torch.equal(noised, contiguous)
+    upstream = torch.randn(noised.shape)
+    (expected,) = torch.autograd.grad(noised, strided, upstream, retain_graph=True)
+    laid_out = torch.empty_like(noised).copy_(upstream)
+    assert laid_out.stride() == noised.stride()
+    (gradient,) = torch.autograd.grad(noised, strided, laid_out)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("output", [None, torch.float16])
@@ -232,6 +258,43 @@ def test_opcheck_backward() -> None:
     torch.library.opcheck(torch.ops.fastsds.add_noise_backward.default, (grad, torch.rand(2, 3), torch.float16))
 
 
+def test_more_than_2_31_elements_in_shape() -> None:
+    """Of the fake, on any machine; `test_more_than_2_31_elements` runs it."""
+    with FakeTensorMode():
+        latents, coefficient = torch.empty(3, 2**20, 1000, dtype=torch.bfloat16), torch.empty(3, 2)
+        noised = add_noise(latents, coefficient, coefficient, torch.empty((), dtype=torch.int64), batch_offset=2**40)
+    assert noised.shape == (3, 2, 2**20, 1000)
+    assert noised.stride() == (2**21 * 1000, 2**20 * 1000, 1000, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes 8 GB and seconds on a GPU, minutes on a CPU")
+def test_more_than_2_31_elements(oracle: Any, backend: str) -> None:
+    """The last of more than 2**31 elements: no index has wrapped around."""
+    if backend != "triton-cuda":
+        pytest.skip("of the GPU's kernels")
+    batch, numel = 2**16 + 8, 2**15 + 4
+    latents = torch.zeros(batch, numel, dtype=torch.bfloat16)
+    alpha_t, sigma_t = torch.ones(batch, 1), torch.ones(batch, 1)
+    noised = add_noise(latents, alpha_t, sigma_t, torch.tensor(SEED))
+    expected = oracle.noise(SEED, (numel,), start=(batch - 1) * numel)
+    torch.testing.assert_close(noised[-1, 0].double(), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_graph_replays_with_the_noise_of_the_seed_in_place(backend: str) -> None:
+    if not backend.startswith(("triton-cuda", "cuda-cuda")):
+        pytest.skip("of the GPU's kernels")
+    latents, alpha_t, sigma_t, seed = _inputs()
+    add_noise(latents, alpha_t, sigma_t, seed)  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        noised = add_noise(latents, alpha_t, sigma_t, seed)
+    for value in (5, 6):
+        seed.fill_(value)
+        graph.replay()
+        assert torch.equal(noised, add_noise(latents, alpha_t, sigma_t, torch.tensor(value)))
+
+
 def test_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
     latents, alpha_t, sigma_t, seed = _inputs((2, 4, 2, 2))
@@ -270,5 +333,6 @@ def test_compiles_as_one_graph() -> None:
 )  # fmt: skip
 def test_messages(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = dict(zip(("latents", "alpha_t", "sigma_t", "seed"), _inputs((3, 4)), strict=True))
+    message = message.replace("(cpu)", f"({arguments['latents'].device})")
     with pytest.raises(RuntimeError, match=re.escape(message)):
         add_noise(**{**arguments, **changes})

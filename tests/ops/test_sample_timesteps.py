@@ -39,7 +39,8 @@ def _tables(timesteps: int = 1000) -> Tables:
 
 def _cdf(timesteps: int = 1000) -> Tensor:
     """Uneven, and not normalised."""
-    mass = 0.2 + torch.rand(timesteps, generator=torch.Generator().manual_seed(4)) + torch.linspace(0, 3, timesteps)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(4)
+    mass = 0.2 + torch.rand(timesteps, generator=generator) + torch.linspace(0, 3, timesteps)
     return mass.double().cumsum(0)
 
 
@@ -111,7 +112,7 @@ def test_each_draw_alone_has_the_wanted_distribution(strategy: str, position: tu
     t = _many(strategy, backend).t[:, position[0], position[1]] - RANGE[0]
     counts = torch.bincount(t, minlength=30).reshape(15, 2).sum(dim=1)
     expected = len(SEEDS) * _probabilities(strategy).reshape(15, 2).sum(dim=1)
-    assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 0.005
+    assert stats.chisquare(counts.cpu().numpy(), expected.cpu().numpy()).pvalue > 0.005
 
 
 def test_timesteps_without_mass_are_not_drawn() -> None:
@@ -214,7 +215,7 @@ def test_replays_by_seed(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_independent_of_the_noise_under_the_same_seed(strategy: str, backend: str) -> None:
     """One seed serves both ops: over many seeds, timesteps and the first noise elements are uncorrelated."""
-    t = _many(strategy, backend).t.flatten(1).double()
+    t = _many(strategy, backend).t.flatten(1).double().cpu()
     for values in (_noise(), _noise().abs()):
         correlation = torch.corrcoef(torch.cat([t, values], dim=1).T)[:4, 4:]
         assert correlation.abs().max() < 4 / len(SEEDS) ** 0.5
@@ -223,7 +224,7 @@ def test_independent_of_the_noise_under_the_same_seed(strategy: str, backend: st
 @functools.cache
 def _noise() -> Tensor:
     """The first eight elements of the noise under each seed."""
-    return torch.stack([philox.normal(torch.tensor(seed), (8,)) for seed in SEEDS]).double()
+    return torch.stack([philox.normal(torch.tensor(seed, device="cpu"), (8,)) for seed in SEEDS]).double()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

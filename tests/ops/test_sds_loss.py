@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsds.ops import add_noise, guidance_scale_from_offset, sds_loss, sds_loss_and_gradients
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample", "flow"]
 LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SEED = 77
 SHAPE = (3, 4, 3, 5)
 DRAWS = 2
@@ -24,7 +26,7 @@ class Case:
     def __init__(
         self, oracle: Any, prediction_type: str, *, shape: tuple[int, ...] = SHAPE, draws: int = DRAWS
     ) -> None:
-        generator = torch.Generator().manual_seed(2)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(2)
         self.prediction_type = prediction_type
         self.seed = torch.tensor(SEED)
         self.latents = torch.randn(shape, generator=generator).double()
@@ -286,6 +288,120 @@ def test_memory_format_does_not_matter(case: Case) -> None:
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=0)
 
 
+def _laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+    """`[batch, (draws,) channels, height, width]` in a memory format."""
+    if tensor.dim() == 4:
+        return tensor.contiguous(memory_format=layout)
+    return tensor.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, tensor.shape[:2])
+
+
+@pytest.mark.parametrize("latents_layout", LAYOUTS)
+@pytest.mark.parametrize("prediction_layout", LAYOUTS)
+@pytest.mark.parametrize("uncond_layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "jacobian"), [((2, 4, 4, 6), "full"), ((2, 3, 2, 3), "full"), ((2, 4, 2, 6), "skip")]
+)
+def test_each_tensor_has_a_layout_of_its_own(
+    oracle: Any,
+    latents_layout: torch.memory_format,
+    prediction_layout: torch.memory_format,
+    uncond_layout: torch.memory_format,
+    shape: tuple[int, ...],
+    jacobian: Any,
+) -> None:
+    """Values do not depend on it, and each gradient lies as its tensor does."""
+    case = Case(oracle, "v_prediction", shape=shape)
+    uncond, upstream = case.ideal - 0.2 * case.perturbation.flip(0), torch.rand(2, 2).double() + 0.5
+
+    def call(prediction: Tensor, latents: Tensor, uncond: Tensor) -> Any:
+        return sds_loss_and_gradients(
+            upstream, prediction, latents, case.alpha_t, case.sigma_t, case.weight, case.seed,
+            prediction_type="v_prediction", prediction_uncond=uncond, guidance_scale=2.5, jacobian=jacobian,
+        )  # fmt: skip
+
+    expected = call(case.prediction.clone(), case.latents.clone(), uncond.clone())
+    tensors = (
+        _laid_out(case.prediction, prediction_layout),
+        _laid_out(case.latents, latents_layout),
+        _laid_out(uncond, uncond_layout),
+    )
+    actual = call(*tensors)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(expected.loss, case.loss(uncond + 2.5 * (case.prediction - uncond)), rtol=1e-4, atol=0)
+    for tensor, gradient, wanted in zip(tensors, actual[1:], expected[1:], strict=True):
+        assert (gradient is None) == (wanted is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-14)
+            assert gradient.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("latents_dtype", LOW_PRECISION)
+def test_low_precision_in_channels_last(oracle: Any, dtype: torch.dtype, latents_dtype: torch.dtype) -> None:
+    """The case of a channels-last teacher and contiguous latents: values and gradients as in float64, rounded once."""
+    case = Case(oracle, "flow", shape=(2, 4, 4, 4))
+    prediction = _laid_out(case.prediction, torch.channels_last).to(dtype)
+    latents = case.latents.to(latents_dtype)
+    case.latents, case.noised = latents.double(), case.alpha * latents.double().unsqueeze(1) + case.sigma * case.eps
+    exact = prediction.double().requires_grad_()
+    expected = case.loss(exact)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    result = sds_loss_and_gradients(
+        torch.ones(2, 2), prediction, latents,
+        *(getattr(case, name).float() for name in ("alpha_t", "sigma_t", "weight")), case.seed, prediction_type="flow",
+    )  # fmt: skip
+    torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=2e-5, atol=1e-7)
+    assert result.prediction.dtype == dtype
+    error = (result.prediction.double() - expected_gradient).abs()
+    assert (error <= 1.01 * torch.finfo(dtype).eps / 2 * expected_gradient.abs() + 2e-6).all()
+
+
+@pytest.mark.parametrize("numel", [127, 128, 129, 2047, 2048, 2049, 2052, 4100])
+def test_sizes_around_blocks(oracle: Any, numel: int) -> None:
+    case = Case(oracle, "v_prediction", shape=(1, numel))
+    prediction, latents = case.prediction.requires_grad_(), case.latents.clone().requires_grad_()
+    loss = case.call(prediction, latents)
+    textbook_prediction = case.prediction.detach().clone().requires_grad_()
+    expected = case.loss(textbook_prediction)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(prediction.grad, textbook_prediction.grad, rtol=1e-4, atol=1e-5 / numel)
+    # At a fixed prediction, d residual / dz is alpha sigma, and d residual / d prediction is alpha.
+    in_latents = (textbook_prediction.grad * case.sigma).sum(dim=1)
+    torch.testing.assert_close(latents.grad, in_latents, rtol=1e-4, atol=1e-5 / numel)
+
+
+@pytest.mark.parametrize("draws", [1, 3, 20, 70])
+def test_any_number_of_draws(oracle: Any, draws: int) -> None:
+    """One pass gives each draw its loss and sums the gradient in the latents over all of them."""
+    case = Case(oracle, "epsilon", shape=(1, 10), draws=draws)
+    latents = case.latents.clone().requires_grad_()
+    loss = case.call(case.prediction, latents, jacobian="skip")
+    torch.testing.assert_close(loss, case.loss(case.prediction), rtol=1e-4, atol=0)
+    (gradient,) = torch.autograd.grad(loss.sum(), latents)
+    expected = (case.weight[..., None] * case.residual(case.prediction)).sum(dim=1)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_strided_tensors_with_sentinels_between(case: Case) -> None:
+    """Views that skip elements: what lies between is neither read nor written."""
+    expected = case.call(case.prediction)
+    strided = {}
+    for name in ("prediction", "latents", "alpha_t", "sigma_t", "weight"):
+        value = getattr(case, name)
+        buffer = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 1), 99.0).double()
+        strided[name] = buffer[..., 1::2]
+        strided[name].copy_(value)
+        setattr(case, name, strided[name])
+    befores = {name: view._base.clone() for name, view in strided.items()}
+    loss = case.call(case.prediction.detach().requires_grad_(), case.latents.detach().requires_grad_())
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+    for name, before in befores.items():
+        assert torch.equal(strided[name]._base, before), name
+
+
 @pytest.mark.parametrize("offset", [1, 3])
 def test_views_and_inputs_left_alone(case: Case, offset: int) -> None:
     buffer = torch.full((case.prediction.numel() + 8,), 99.0).double()
@@ -332,6 +448,47 @@ def test_zero_signal() -> None:
     assert torch.equal(loss.detach(), zero)
     loss.sum().backward()
     assert torch.equal(prediction.grad, torch.zeros(2, 1, 3))
+
+
+def test_more_than_2_31_elements_in_shape() -> None:
+    """Of the fake, on any machine; `test_more_than_2_31_elements` runs it."""
+    with FakeTensorMode():
+        prediction, latents = torch.empty(3, 2, 2**29 + 1, dtype=torch.float16), torch.empty(3, 2**29 + 1)
+        one, seed = torch.empty(3, 2), torch.empty((), dtype=torch.int64)
+        result = sds_loss_and_gradients(one, prediction, latents, one, one, one, seed)
+    assert result.loss.shape == (3, 2)
+    assert result.prediction.shape == (3, 2, 2**29 + 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes 9 GB and seconds on a GPU, minutes on a CPU")
+def test_more_than_2_31_elements(oracle: Any, backend: str) -> None:
+    """The last of more than 2**31 elements: no index has wrapped around."""
+    if backend != "triton-cuda":
+        pytest.skip("of the GPU's kernels")
+    batch, numel = 2**16 + 8, 2**15 + 4
+    prediction = torch.zeros(batch, 1, numel, dtype=torch.bfloat16)
+    one, latents = torch.ones(batch, 1), prediction[:, 0]
+    result = sds_loss_and_gradients(one, prediction, latents, one, one, one, torch.tensor(SEED))
+    eps = oracle.noise(SEED, (numel,), start=(batch - 1) * numel)
+    torch.testing.assert_close(result.loss[-1, 0].double(), eps.square().mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.prediction[-1, 0].double(), -2 * eps / numel, rtol=2**-8, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_graph_replays_with_the_noise_of_the_seed_in_place(case: Case, backend: str) -> None:
+    if backend != "triton-cuda":
+        pytest.skip("of the GPU's kernels")
+    case.call(case.prediction)  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = case.call(case.prediction)
+    replays = []
+    for value in (5, 6):
+        case.seed.fill_(value)
+        graph.replay()
+        assert torch.equal(loss, case.call(case.prediction))
+        replays.append(loss.clone())
+    assert case.prediction_type == "sample" or not torch.isclose(*replays).any()  # "sample" has no noise in it
 
 
 @pytest.mark.parametrize("jacobian", ["full", "skip"])
@@ -420,5 +577,6 @@ def test_messages(changes: dict[str, Any], message: str) -> None:
         **{name: torch.ones(3, 2) for name in ("alpha_t", "sigma_t", "weight")},
         "seed": torch.tensor(1),
     }
+    message = message.replace("(cpu)", f"({arguments['latents'].device})")
     with pytest.raises(RuntimeError, match=re.escape(message)):
         sds_loss(**{**arguments, **changes})
