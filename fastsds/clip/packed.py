@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastsds.clip.prompts import PackedPrompts
@@ -61,7 +61,7 @@ def encode_dense(
     tokens = torch.where(prompts < 0, torch.tensor(words, device=device)[:, None], prompts)
 
     def encode(prompts: Tensor, tokens: Tensor) -> Tensor:
-        embeddings, _ = embed_prompts(tower.token_embedding, None, prompts, None, context, attribute)
+        embeddings, _ = embed_prompts(prompts, tower.token_embedding, context=context, attribute=attribute)
         embeddings = embeddings.expand(images, -1, -1, -1).flatten(0, 1)
         return tower.encode(tokens.repeat(images, 1), embeddings).unflatten(0, (images, -1))
 
@@ -154,15 +154,19 @@ def _encode_suffixes(
 def _embed(
     tower: TextTower, tokens: Tensor, positions: Tensor, context: Tensor | None, attribute: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    norm: nn.LayerNorm = tower.blocks[0].norm  # type: ignore[assignment]
-    return embed_prompts(
-        tower.token_embedding,
-        tower.position_embedding,
+    """The first block's input, and what its norm makes of it."""
+    norm = tower.blocks[0].norm
+    embeddings, normed = embed_prompts(
         tokens,
-        positions,
-        context,
-        attribute,
-        norm.weight,
-        norm.bias,
-        norm.eps,
+        tower.token_embedding,
+        context=context,
+        attribute=attribute,
+        position_embedding=tower.position_embedding,
+        positions=positions,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        eps=norm.eps,
+        dtype=tower.dtype,
     )
+    assert normed is not None
+    return embeddings, normed

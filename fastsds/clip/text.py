@@ -168,7 +168,7 @@ class PrefixTextEncoder(nn.Module):
             raise ValueError(f"{what}: expected prompts of at most {limit} tokens, got {len(long)} longer: {shown}")
 
     def _check_learned(self, context: Tensor | None, attribute: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Both for the same number of images and in the tower's dtype."""
+        """Both for the same number of images."""
         classes, width = len(self.classnames), self.width
         if context is not None:
             per_class = context.dim() == 4
@@ -194,8 +194,7 @@ class PrefixTextEncoder(nn.Module):
                 f"got {len(given['attribute'])}"
             )
         return tuple(
-            None if tensor is None else tensor.to(self._tower.dtype).expand(images, *tensor.shape[1:])
-            for tensor in learned.values()
+            None if tensor is None else tensor.expand(images, *tensor.shape[1:]) for tensor in learned.values()
         )  # type: ignore[return-value]
 
 

@@ -95,7 +95,7 @@ def _empty(
 class _Padded(NamedTuple):
     """Where packed tokens lie in `[prompts, max_length]`."""
 
-    index: Tensor
+    slot: Tensor
     """[prompts, max_length]: number of the packed token; that of the last for padding."""
     inside: Tensor
     """[prompts, max_length]: no padding."""
@@ -107,18 +107,18 @@ class _Padded(NamedTuple):
     @classmethod
     def of(cls, tokens: int, offsets: Tensor, max_length: int) -> _Padded:
         steps = torch.arange(max_length, device=offsets.device)
-        index = offsets[:-1, None] + steps
+        slot = offsets[:-1, None] + steps
         number = torch.arange(tokens, device=offsets.device)
         prompt = torch.searchsorted(offsets[1:].contiguous(), number, right=True)
-        return cls(index.clamp(max=tokens - 1), index < offsets[1:, None], prompt, number - offsets[prompt])
+        return cls(slot.clamp(max=tokens - 1), slot < offsets[1:, None], prompt, number - offsets[prompt])
 
 
 def _logits(q: Tensor, k: Tensor, prefix_k: Tensor, padded: _Padded, ends_only: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Queries `[images, prompts, steps, heads, head_dim]`, keys alike, and logits `[images, prompts, heads, steps,
     prefix + max_length]`, -inf where a query does not look."""
-    images, (prompts, length) = prefix_k.shape[0], padded.index.shape
+    images, length = prefix_k.shape[0], padded.slot.shape[1]
     q, k = (tensor.expand(images, -1, -1, -1) for tensor in (q, k))
-    queries, keys = q[:, :, None] if ends_only else q[:, padded.index], k[:, padded.index]
+    queries, keys = q[:, :, None] if ends_only else q[:, padded.slot], k[:, padded.slot]
     steps = torch.arange(length, device=q.device)
     visible = padded.inside[:, None] & (ends_only or steps <= steps[:, None])
     own = torch.einsum("icqhd,ickhd->ichqk", queries, keys).masked_fill(~visible[:, None], float("-inf"))
@@ -136,7 +136,7 @@ def reference(
     ends_only = q.shape[1] != tokens
     padded = _Padded.of(tokens, offsets, max_length)
     _, _, logits = _logits(q, k, prefix_k, padded, ends_only)
-    values = v[:, padded.index].expand(logits.shape[0], -1, -1, -1, -1)
+    values = v[:, padded.slot].expand(logits.shape[0], -1, -1, -1, -1)
     log_sums = logits.logsumexp(dim=-1)
     weights = (logits - log_sums.unsqueeze(-1)).exp()
     out = torch.einsum("ichqp,iphd->icqhd", weights[..., :prefix], prefix_v)
@@ -183,13 +183,13 @@ def reference_backward(
     ends_only = q.shape[1] != tokens
     padded = _Padded.of(tokens, offsets, max_length)
     queries, keys, logits = _logits(q, k, prefix_k, padded, ends_only)
-    values = v[:, padded.index].expand(logits.shape[0], -1, -1, -1, -1)
+    values = v[:, padded.slot].expand(logits.shape[0], -1, -1, -1, -1)
 
     def pad(per_query: Tensor) -> Tensor:
         if ends_only:
             return per_query[:, :, None]
         inside = padded.inside.reshape(*padded.inside.shape, *[1] * (per_query.dim() - 2))
-        return torch.where(inside, per_query[:, padded.index], 0)
+        return torch.where(inside, per_query[:, padded.slot], 0)
 
     # Padding has a gradient of zero, and so adds to no sum.
     grads = pad(grad)
