@@ -2,13 +2,12 @@
 
 #include <algorithm>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#include "clones.h"
+
+#if defined(FASTSDS_X86_CLONES)
 #include <immintrin.h>
-#define FASTSDS_X86_CLONES
-#define FASTSDS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define FASTSDS_FOR(target_name) __attribute__((target(target_name)))
 #else
-#define FASTSDS_CLONES
 #define FASTSDS_FOR(target_name)
 #endif
 

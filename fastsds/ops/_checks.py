@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,32 +14,38 @@ LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 COEFFICIENT_DTYPES = (torch.float32, torch.float64)
 
 
+def expect(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """`torch._check`, whose machinery is left alone where the condition plainly holds: it would cost a call's worth."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     """All tensors lie on the device of the first."""
-    (first_name, first), *others = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    for name, tensor in others:
-        torch._check(
-            tensor.device == first.device,
-            lambda: f"{name}: expected on the device of {first_name} ({first.device}), got {tensor.device}",
-        )
+    first_name, first = next((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    device = first.device
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            expect(
+                tensor.device == device,
+                lambda: f"{name}: expected on the device of {first_name} ({device}), got {tensor.device}",
+            )
 
 
 def check_seed(seed: Tensor) -> None:
     """A seed is one int64 on the device, so that a captured graph can be given another."""
-    torch._check(
+    expect(
         seed.dtype == torch.int64 and seed.numel() == 1,
         lambda: f"seed: expected one int64 in a tensor, got shape {list(seed.shape)} of {seed.dtype}",
     )
 
 
 def check_floating(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = LATENT_DTYPES) -> None:
-    torch._check(tensor.dtype in dtypes, lambda: f"{name}: expected one of {list(dtypes)}, got {tensor.dtype}")
+    expect(tensor.dtype in dtypes, lambda: f"{name}: expected one of {list(dtypes)}, got {tensor.dtype}")
 
 
 def check_latents(latents: Tensor) -> None:
-    torch._check(
-        latents.dim() >= 2, lambda: f"latents: expected [batch, *latent], at least 2-D, got {list(latents.shape)}"
-    )
+    expect(latents.dim() >= 2, lambda: f"latents: expected [batch, *latent], at least 2-D, got {list(latents.shape)}")
     check_floating("latents", latents)
 
 
@@ -47,18 +54,18 @@ def check_coefficients(batch: int, **coefficients: Tensor) -> None:
     first_name, first = next(iter(coefficients.items()))
     for name, tensor in coefficients.items():
         check_floating(name, tensor, COEFFICIENT_DTYPES)
-        torch._check(
+        expect(
             tensor.dim() == 2 and tensor.shape[0] == batch,
             lambda: f"{name}: expected [batch={batch}, draws], got {list(tensor.shape)}",
         )
-        torch._check(
+        expect(
             tensor.shape == first.shape,
             lambda: f"{name}: expected the shape of {first_name} {list(first.shape)}, got {list(tensor.shape)}",
         )
 
 
 def check_batch_offset(batch_offset: int) -> None:
-    torch._check(batch_offset >= 0, lambda: f"batch_offset: expected at least 0, got {batch_offset}")
+    expect(batch_offset >= 0, lambda: f"batch_offset: expected at least 0, got {batch_offset}")
 
 
 def compute_dtype(latents: Tensor) -> torch.dtype:

@@ -28,7 +28,10 @@ class Choice:
 
 
 # op -> backend -> (device types, loader of the function); `reference` serves every device type.
-_registry: dict[str, dict[str, tuple[tuple[str, ...], Callable[[], Callable[..., Any]]]]] = {}
+_Backends = dict[str, tuple[tuple[str, ...], Callable[[], Callable[..., Any]]]]
+_registry: dict[str, _Backends] = {}
+# (op, device type, what is forced) -> the backends that were to choose from, and the choice.
+_choices: dict[tuple[str, str, str | None], tuple[_Backends, Choice]] = {}
 
 
 def define(
@@ -66,6 +69,7 @@ def register_backend(
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     _registry[name][backend] = (device_types, load)
+    _choices.clear()
 
 
 def ops() -> tuple[str, ...]:
@@ -79,10 +83,17 @@ def choose(name: str, device_type: str) -> Choice:
     Raises:
         BackendUnavailableError: `FASTSDS_BACKEND` forces a backend that cannot serve.
     """
+    backends, forced = _registry[name], os.environ.get(ENVIRONMENT_VARIABLE)
+    known = _choices.get((name, device_type, forced))
+    if known is not None and known[0] is backends:
+        return known[1]
+    choice = _forced_choice(name, device_type, forced) if forced else _free_choice(name, device_type)
+    _choices[name, device_type, forced] = backends, choice
+    return choice
+
+
+def _free_choice(name: str, device_type: str) -> Choice:
     backends = _registry[name]
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced:
-        return _forced_choice(name, device_type, forced)
     unavailable: list[str] = []
     for backend in BACKENDS[:-1]:
         device_types, load = backends.get(backend, ((), None))

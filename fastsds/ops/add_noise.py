@@ -45,7 +45,7 @@ def _check(
     _checks.check_seed(seed)
     _checks.check_same_device(latents=latents, alpha_t=alpha_t, sigma_t=sigma_t, seed=seed)
     _checks.check_batch_offset(batch_offset)
-    torch._check(
+    _checks.expect(
         dtype is None or dtype in _checks.LATENT_DTYPES,
         lambda: f"dtype: expected one of {list(_checks.LATENT_DTYPES)} or None, got {dtype}",
     )
@@ -70,7 +70,7 @@ def reference(
 
 def _check_backward(grad: Tensor, alpha_t: Tensor, dtype: torch.dtype) -> None:
     _checks.check_coefficients(grad.shape[0], alpha_t=alpha_t)
-    torch._check(
+    _checks.expect(
         grad.shape[:2] == alpha_t.shape,
         lambda: f"grad: expected [batch, draws, *latent] of {list(alpha_t.shape)}, got {list(grad.shape)}",
     )

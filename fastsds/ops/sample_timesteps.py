@@ -11,6 +11,7 @@ from torch import Tensor
 from fastsds.ops import _checks, _dispatch, _extension, philox
 
 Strategy = Literal["uniform", "stratified", "antithetic", "importance"]
+STRATEGIES = get_args(Strategy)
 
 
 class TimestepDraw(NamedTuple):
@@ -94,26 +95,24 @@ def _check(
     t_max: int,
     cdf: Tensor | None = None,
 ) -> None:
-    timesteps = alpha.shape[0]
+    timesteps = len(alpha)
     for name, table in (("alpha", alpha), ("sigma", sigma), ("weights", weights), ("cdf", cdf)):
         if table is not None:
             _checks.check_floating(name, table, _checks.COEFFICIENT_DTYPES)
-            torch._check(
-                list(table.shape) == [timesteps],
+            _checks.expect(
+                table.shape == (timesteps,),
                 lambda: f"{name}: expected [timesteps={timesteps}], got {list(table.shape)}",
             )
     _checks.check_seed(seed)
     _checks.check_same_device(alpha=alpha, sigma=sigma, weights=weights, seed=seed, cdf=cdf)
-    torch._check(batch >= 0, lambda: f"batch: expected at least 0, got {batch}")
-    torch._check(draws >= 1, lambda: f"draws: expected at least 1, got {draws}")
-    torch._check(
-        strategy in get_args(Strategy), lambda: f"strategy: expected one of {get_args(Strategy)}, got {strategy!r}"
-    )
-    torch._check(
+    _checks.expect(batch >= 0, lambda: f"batch: expected at least 0, got {batch}")
+    _checks.expect(draws >= 1, lambda: f"draws: expected at least 1, got {draws}")
+    _checks.expect(strategy in STRATEGIES, lambda: f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
+    _checks.expect(
         0 <= t_min < t_max <= timesteps,
         lambda: f"t_range: expected 0 <= first < end <= {timesteps} timesteps, got ({t_min}, {t_max})",
     )
-    torch._check(
+    _checks.expect(
         (strategy == "importance") == (cdf is not None),
         lambda: (
             f"cdf: expected {'a tensor' if strategy == 'importance' else 'None'} for strategy={strategy!r}, "
@@ -192,4 +191,4 @@ _dispatch.define(
     fake=_empty,
     reference=reference,
 )
-_extension.register("sample_timesteps")
+_extension.register("sample_timesteps", cuda=True)

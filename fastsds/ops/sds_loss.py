@@ -13,6 +13,7 @@ from fastsds.ops import _checks, _dispatch, _extension, _layout, _triton
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 Jacobian = Literal["full", "skip"]
+PREDICTION_TYPES, JACOBIANS = get_args(PredictionType), get_args(Jacobian)
 
 
 def sds_loss(
@@ -132,26 +133,24 @@ def _check(
     _checks.check_coefficients(latents.shape[0], alpha_t=alpha_t, sigma_t=sigma_t, weight=weight)
     _checks.check_seed(seed)
     _checks.check_batch_offset(batch_offset)
-    expected = [*alpha_t.shape, *latents.shape[1:]]
+    expected = alpha_t.shape + latents.shape[1:]
     for name, tensor in (("prediction", prediction), ("prediction_uncond", prediction_uncond)):
         if tensor is not None:
             _checks.check_floating(name, tensor)
-            torch._check(
-                list(tensor.shape) == expected,
-                lambda: f"{name}: expected [batch, draws, *latent] = {expected}, got {list(tensor.shape)}",
+            _checks.expect(
+                tensor.shape == expected,
+                lambda: f"{name}: expected [batch, draws, *latent] = {list(expected)}, got {list(tensor.shape)}",
             )
     _checks.check_same_device(
         latents=latents, prediction=prediction, prediction_uncond=prediction_uncond,
         alpha_t=alpha_t, sigma_t=sigma_t, weight=weight, seed=seed,
     )  # fmt: skip
-    torch._check(
-        prediction_type in get_args(PredictionType),
-        lambda: f"prediction_type: expected one of {get_args(PredictionType)}, got {prediction_type!r}",
+    _checks.expect(
+        prediction_type in PREDICTION_TYPES,
+        lambda: f"prediction_type: expected one of {PREDICTION_TYPES}, got {prediction_type!r}",
     )
-    torch._check(
-        jacobian in get_args(Jacobian), lambda: f"jacobian: expected one of {get_args(Jacobian)}, got {jacobian!r}"
-    )
-    torch._check(
+    _checks.expect(jacobian in JACOBIANS, lambda: f"jacobian: expected one of {JACOBIANS}, got {jacobian!r}")
+    _checks.expect(
         prediction_uncond is not None or guidance_scale == 1.0,
         lambda: f"prediction_uncond: expected a tensor, because guidance_scale is {guidance_scale}, got None",
     )
@@ -213,7 +212,7 @@ def reference(
 
 def _check_backward(grad: Tensor, prediction: Tensor, latents: Tensor, alpha_t: Tensor, *arguments: Any) -> None:
     _check(prediction, latents, alpha_t, *arguments[:-1])
-    torch._check(
+    _checks.expect(
         grad.shape == alpha_t.shape,
         lambda: f"grad: expected [batch, draws] = {list(alpha_t.shape)}, got {list(grad.shape)}",
     )
