@@ -1,0 +1,1 @@
+"""What the kernels bring: pytest-benchmark suites, one per op, against baselines timed in the same rounds."""
