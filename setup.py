@@ -140,8 +140,8 @@ def plan() -> Plan:
         raise SetupError(f"FASTSDS_CUDA=1: {missing}")
     extension = cpp_extension.CppExtension(
         "fastsds._C",
-        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp") if "cuda" not in path.stem),
-        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")],
+        sources("*.cpp", without="*_cuda.cpp"),
+        depends=sources("*.h"),
         extra_compile_args={"cxx": [*CXX_FLAGS, *openmp_flags()], "nvcc": NVCC_FLAGS},
     )
     if missing is None:
@@ -150,6 +150,12 @@ def plan() -> Plan:
         )
     commands = {"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)}
     return Plan(torch.__version__, torch.version.cuda if missing is None else None, None, [extension], commands)
+
+
+def sources(pattern: str, *, without: str = "") -> list[str]:
+    """Paths from here, which setuptools insists on."""
+    found = sorted(path.relative_to(ROOT) for path in ROOT.glob(f"csrc/{pattern}"))
+    return [str(path) for path in found if not path.match(without or "/")]
 
 
 def openmp_flags() -> list[str]:
@@ -163,9 +169,7 @@ def add_cuda(extension: Extension, home: Path, listed: list[str], threads: int |
     libraries = [path for folder in ("lib64", "lib") for path in sorted((home / folder).glob("libcudart.so*"))]
     if not libraries:
         raise SetupError(f"CUDA_HOME: expected libcudart.so in lib64 or lib, got {home}")
-    extension.sources += sorted(
-        str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*cuda*") if path.suffix in (".cpp", ".cu")
-    )
+    extension.sources += [*sources("*_cuda.cpp"), *sources("*.cu")]
     extension.include_dirs.append(str(home / "include"))
     extension.libraries += ["c10_cuda", "torch_cuda"]
     # Named in full: the registry's runtime comes without the link that -lcudart looks for.
