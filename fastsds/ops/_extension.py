@@ -55,6 +55,15 @@ def failure() -> str | None:
     return None
 
 
+def describe() -> str:
+    """The build in one line: compiler, torch, CUDA and its architectures; or why there is none, and what to do."""
+    if (cause := failure()) is not None:
+        return cause
+    module = import_module("fastsds._C")
+    cuda = f"CUDA {build().cuda} for {module.architectures}" if build().cuda else "no CUDA"
+    return f"the extension was built by {module.compiler} for torch {module.torch}, with {cuda}"
+
+
 def register(op: str, empty: Callable[..., Any] | None = None, *, cuda: bool = False) -> None:
     """Offers the extension's op of this name for CPU tensors and, with `cuda`, for CUDA tensors.
 

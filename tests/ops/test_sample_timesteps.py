@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -85,6 +86,32 @@ def test_dtypes_of_the_tables(strategy: str, dtype: torch.dtype) -> None:
     cdf = _cdf(10).to(dtype) if strategy == "importance" else None
     draw = sample_timesteps(tables, 2, 3, torch.tensor(0), strategy=strategy, cdf=cdf)  # type: ignore[arg-type]
     assert [value.dtype for value in draw] == [torch.int64, dtype, dtype, dtype]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    strategy=st.sampled_from(STRATEGIES),
+    batch=st.one_of(st.integers(0, 40), st.just(1300)),
+    draws=st.integers(1, 7),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    bounds=st.tuples(st.integers(0, 50), st.integers(0, 50)).filter(lambda pair: pair[0] != pair[1]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_equal_to_the_definition_bit_for_bit(
+    backend: str, strategy: str, batch: int, draws: int, seed: int, bounds: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """As the CPU computes it: eager PyTorch on CUDA divides by multiplying with a reciprocal."""
+    if backend == "reference-cpu":
+        pytest.skip("the definition itself")
+    tables = [(table + torch.rand_like(table)).to(dtype) for table in (torch.zeros(50), torch.ones(50), torch.ones(50))]
+    cdf = _cdf(50).to(dtype) if strategy == "importance" else None
+    arguments = (*tables, batch, draws, torch.tensor(seed), strategy, min(bounds), max(bounds), cdf)
+    drawn = torch.ops.fastsds.sample_timesteps(*arguments)
+    definition = importlib.import_module("fastsds.ops.sample_timesteps").reference
+    on_cpu = [value.cpu() if isinstance(value, Tensor) else value for value in arguments]
+    for value, expected in zip(drawn, definition(*on_cpu), strict=True):
+        assert value.dtype == expected.dtype
+        assert torch.equal(value.cpu(), expected)
 
 
 SEEDS = range(1000, 1500)
