@@ -30,7 +30,7 @@ def draw_timesteps(
     else:
         place = torch.rand(draws, batch, device=device).argsort(dim=1).T
         part = torch.rand(batch, draws, device=device).argsort(dim=1)
-        quantile = (part * batch + place + torch.rand(batch, draws, device=device)) / count
+        quantile = (part * batch + place.gather(1, part) + torch.rand(batch, draws, device=device)) / count
         if strategy == "stratified":
             t = (quantile * timesteps).long().clamp(max=timesteps - 1)
         else:

@@ -26,14 +26,14 @@ def synchronize() -> None:
 
 
 def compare(
-    benchmark: Any, contenders: Mapping[str, Contender], record: Mapping[str, Any], seconds: float
+    benchmark: Any, contenders: Mapping[str, Contender], record: Mapping[str, Any], total_seconds: float
 ) -> dict[str, Any]:
     """Times `fastsds` with pytest-benchmark, and the others between its rounds.
 
     Args:
         contenders: by name; `fastsds` is among them.
         record: what the result says of itself: suite, case, bars.
-        seconds: about as long as all rounds together take.
+        total_seconds: about as long as all rounds together take.
 
     Returns:
         The record with each contender's median and least seconds per call, as it goes into `extra_info`.
@@ -41,7 +41,7 @@ def compare(
     single = {name: _warm_up(contender) for name, contender in contenders.items()}
     calls = {name: max(1, math.ceil(ROUND_SECONDS / duration)) for name, duration in single.items()}
     a_round = sum(single[name] * calls[name] for name in contenders)
-    rounds = min(max(round(seconds / a_round), FEWEST_ROUNDS), MOST_ROUNDS) if seconds else 2
+    rounds = min(max(round(total_seconds / a_round), FEWEST_ROUNDS), MOST_ROUNDS) if total_seconds else 2
     times: dict[str, list[float]] = {name: [] for name in contenders}
 
     def run(name: str) -> None:
@@ -66,7 +66,7 @@ def compare(
     }
     if torch.cuda.is_available():
         for name, contender in contenders.items():
-            result["contenders"][name]["peak_bytes"] = _peak_bytes(contender)
+            result["contenders"][name]["peak_bytes"] = peak_bytes(contender)
     benchmark.extra_info["result"] = result
     return result
 
@@ -120,29 +120,31 @@ def copy_bytes_per_second() -> float:
     return bytes_per_second([lambda: target.copy_(source)], 2 * source.nbytes)
 
 
-def _warm_up(contender: Contender) -> float:
-    """Seconds of a call, after those that compile and fill caches."""
-    for _ in range(2):
-        contender()
+def seconds(contender: Contender) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    contender()
     synchronize()
-    durations = []
-    for _ in range(2):
-        start = time.perf_counter()
-        contender()
-        synchronize()
-        durations.append(time.perf_counter() - start)
-    return min(durations)
+    return time.perf_counter() - start
 
 
-def _summary(durations: Sequence[float]) -> dict[str, float]:
-    return {"median_s": statistics.median(durations), "min_s": min(durations)}
-
-
-def _peak_bytes(contender: Contender) -> int:
-    """Of device memory, above what was held before."""
+def peak_bytes(contender: Contender) -> int:
+    """Of device memory in one call, above what was held before."""
     synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     contender()
     synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _warm_up(contender: Contender) -> float:
+    """Seconds of a call, after those that compile and fill caches."""
+    for _ in range(2):
+        contender()
+    synchronize()
+    return min(seconds(contender) for _ in range(2))
+
+
+def _summary(durations: Sequence[float]) -> dict[str, float]:
+    return {"median_s": statistics.median(durations), "min_s": min(durations)}

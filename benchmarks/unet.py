@@ -1,0 +1,172 @@
+"""A step of distillation with a U-Net of Stable Diffusion 2.1's size and random weights, on a GPU.
+
+`python -m benchmarks.unet step` times it against diffusers and eager PyTorch; `python -m benchmarks.unet memory`
+measures the memory of a large contrastive batch. Both print their figures as JSON and write them to `--figures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks import baselines
+from fastsds import DiffusionTeacher, SDSDistiller, SDSLoss
+from fastsds.ops.sds_loss import Jacobian
+
+SD21_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SD21_SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+}  # fmt: skip
+TOKENS, TEXT_WIDTH = 77, 1024
+STEP_BATCH, NEEDED_SPEED, MOST_OUTSIDE = 32, 1.5, 0.01
+CONTRASTIVE_BATCH, TEACHER_BATCH, MOST_GIB = 256, 8, 24.0
+
+
+def make_unet(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(**config)
+    return unet.to(device, dtype).requires_grad_(False).eval()
+
+
+def make_scheduler() -> Any:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**SD21_SCHEDULER)
+
+
+def eager_step(unet: Any, scheduler: Any, latents: Tensor, text: Tensor, jacobian: Jacobian) -> Tensor:
+    """The step by diffusers and eager PyTorch: v-prediction, `w(t) = sigma_t²`; gives the latents' gradient."""
+    dtype = next(unet.parameters()).dtype
+    alphas_cumprod = scheduler.alphas_cumprod.to(latents.device)
+    t = torch.randint(0, len(alphas_cumprod), (len(latents),), device=latents.device)
+    with torch.set_grad_enabled(jacobian == "full"):
+        noise = torch.randn_like(latents)
+        noised = scheduler.add_noise(latents, noise, t)
+        output = unet(noised.to(dtype), t, encoder_hidden_states=text).sample.float()
+        alpha_t, sigma_t = ((value[t] ** 0.5).view(-1, 1, 1, 1) for value in (alphas_cumprod, 1 - alphas_cumprod))
+        prediction = alpha_t * output + sigma_t * noised
+    if jacobian == "full":
+        loss = baselines.full_loss(prediction, noise, t.unsqueeze(1), alphas_cumprod)
+    else:
+        loss = baselines.skip_loss(latents, prediction, noise, t.unsqueeze(1), alphas_cumprod)
+    return torch.autograd.grad(loss, latents)[0]
+
+
+def unet_alone(unet: Any, noised: Tensor, t: Tensor, text: Tensor, jacobian: Jacobian) -> None:
+    """The part of a step that no loss can spare: the U-Net forward and, under `full`, its backward to the input."""
+    with torch.set_grad_enabled(jacobian == "full"):
+        output = unet(noised, t, encoder_hidden_states=text).sample
+    if jacobian == "full":
+        torch.autograd.grad(output, noised, torch.ones_like(output))
+
+
+def measure_step(
+    device: torch.device, config: dict[str, Any] = SD21_UNET, batch: int = STEP_BATCH, rounds: int = 5
+) -> dict[str, Any]:
+    """Seconds and peak memory of a step by each side, interleaved, and the share of ours outside the U-Net."""
+    dtype, size = torch.bfloat16, config["sample_size"]
+    scheduler = make_scheduler()
+    plain = make_unet(config, device, dtype)
+    text = torch.randn(batch, TOKENS, config["cross_attention_dim"], device=device, dtype=dtype)
+    latents = torch.randn(batch, 4, size, size, device=device, requires_grad=True)
+    teacher = DiffusionTeacher(make_unet(config, device, dtype), None, None, None, scheduler)
+    teacher.to(memory_format=torch.channels_last)
+    noised = latents.detach().to(dtype, memory_format=torch.channels_last).requires_grad_()
+    t = torch.randint(0, 1000, (batch,), device=device)
+    figures: dict[str, Any] = {"batch": batch, "dtype": str(dtype), "rounds": rounds}
+    for jacobian in get_args(Jacobian):
+        loss = SDSLoss(teacher, weighting="sds", jacobian=jacobian)
+        sides: dict[str, Callable[[], Any]] = {
+            "diffusers and eager PyTorch": lambda: eager_step(plain, scheduler, latents, text, jacobian),
+            "fastsds": lambda: torch.autograd.grad(loss(latents, text), latents),
+            "U-Net alone": lambda: unet_alone(teacher.unet, noised, t, text, jacobian),
+        }
+        measured = _interleaved(sides, rounds, device)
+        ours = measured["fastsds"]["median_s"]
+        figures[f"jacobian {jacobian}"] = {
+            **measured,
+            "speed": measured["diffusers and eager PyTorch"]["median_s"] / ours,
+            "needed_speed": NEEDED_SPEED,
+            "share_outside_unet": 1 - measured["U-Net alone"]["median_s"] / ours,
+            "most_outside_unet": MOST_OUTSIDE,
+        }
+    return figures
+
+
+def measure_memory(
+    device: torch.device, config: dict[str, Any] = SD21_UNET, batch: int = CONTRASTIVE_BATCH, clip: str = "ViT-B-32"
+) -> dict[str, Any]:
+    """Peak memory of a training step, backward included, of CLIP and the U-Net."""
+    import open_clip
+
+    torch.manual_seed(0)
+    model = open_clip.create_model(clip).to(device)
+    teacher = DiffusionTeacher(make_unet(config, device, torch.bfloat16), None, None, None, make_scheduler())
+    teacher.to(memory_format=torch.channels_last)
+    distiller = SDSDistiller(model, teacher, teacher_batch=TEACHER_BATCH)
+    size = model.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    images = torch.randn(batch, 3, height, width, device=device)
+    tokens = torch.randint(1, 1000, (batch, model.context_length), device=device)
+    text = torch.randn(batch, TOKENS, config["cross_attention_dim"], device=device, dtype=torch.bfloat16)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with torch.autocast(device.type, torch.bfloat16):
+        output = distiller(images, tokens, text)
+    output.loss.backward()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    return {
+        "clip": clip, "batch": batch, "teacher_batch": TEACHER_BATCH, "loss": output.loss.item(),
+        "peak_gib": peak, "most_gib": MOST_GIB, "met": peak < MOST_GIB,
+    }  # fmt: skip
+
+
+def _interleaved(sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    from benchmarks.timing import peak_bytes, seconds
+
+    measured: dict[str, dict[str, float]] = {}
+    for name, side in sides.items():
+        side()
+        measured[name] = {"peak_bytes": float(peak_bytes(side))} if device.type == "cuda" else {}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            times[name].append(seconds(side))
+    return {name: {"median_s": statistics.median(times[name]), **measured[name]} for name in sides}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.unet", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("step", "memory"))
+    parser.add_argument("--figures", type=Path, help="file to write the figures to")
+    options = parser.parse_args(arguments)
+    measure = {"step": measure_step, "memory": measure_memory}[options.what]
+    figures = json.dumps(measure(torch.device("cuda")), indent=1)
+    print(figures)
+    if options.figures is not None:
+        options.figures.write_text(figures, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
