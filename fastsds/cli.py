@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastsds.ops import _dispatch
+from fastsds.ops import _dispatch, _extension
 from fastsds.toyworld.demo import DemoConfig, run_demo
 
 _LIBRARIES = ("fastsds", "torch", "triton", "open_clip_torch", "diffusers", "transformers", "accelerate", "xformers")
@@ -39,6 +39,7 @@ def info() -> None:
         console.print(f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name()}", highlight=False)
     else:
         console.print("no CUDA device is available")
+    console.print(_extension.describe(), highlight=False, soft_wrap=True)
     table = Table("op", "device", "backend", "why")
     for name in _dispatch.ops():
         for device in devices:

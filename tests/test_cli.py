@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastsds import cli
+from fastsds.ops import _extension
 
 
 def test_info_names_the_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,6 +16,28 @@ def test_info_names_the_backend_of_every_op(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     for word in ("torch", "open_clip_torch", "add_noise", "sds_loss", "sample_timesteps", "reference"):
         assert word in printed
+
+
+def test_info_names_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    """The compiler and the torch that the module itself was compiled with."""
+    module = pytest.importorskip("fastsds._C")
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"the extension was built by {module.compiler} for torch {module.torch}, with " in printed
+
+
+def test_info_says_what_to_do_about_another_torch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    another = _extension.Build(torch="2.3.1", cuda=None, problem=None)
+    monkeypatch.setattr(_extension, "build", lambda: another)
+    _extension.failure.cache_clear()
+    try:
+        assert cli.main(["info"]) == 0
+    finally:
+        _extension.failure.cache_clear()
+    expected = f"was built for torch 2.3.1, this is torch {torch.__version__}; rebuild it with `pip install . --no-"
+    assert sum(expected in line for line in capsys.readouterr().out.splitlines()) == 1
 
 
 def test_demo_refuses_an_existing_folder_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
