@@ -1,4 +1,4 @@
-"""The command line: `fastsds demo`, `fastsds info`."""
+"""The command line: `fastsds demo`, `fastsds intcoop-demo`, `fastsds attributes`, `fastsds info`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastsds.data.attributes import AttributesConfig, run_attributes
 from fastsds.ops import _dispatch, _extension
 from fastsds.toyworld.demo import DemoConfig, run_demo
+from fastsds.toyworld.intcoop_demo import IntCoOpDemoConfig, run_intcoop_demo
 
 _LIBRARIES = ("fastsds", "torch", "triton", "open_clip_torch", "diffusers", "transformers", "accelerate", "xformers")
 
@@ -22,6 +24,16 @@ _LIBRARIES = ("fastsds", "torch", "triton", "open_clip_torch", "diffusers", "tra
 def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
     """Distil the toy teacher into the toy CLIP and report what it brought; a few minutes, no download."""
     run_demo(config)
+
+
+def intcoop_demo(config: Annotated[IntCoOpDemoConfig, tyro.conf.arg(name="")]) -> None:
+    """Prompt-tune the toy CLIP with IntCoOp and its baselines and compare them; a few minutes, no download."""
+    run_intcoop_demo(config)
+
+
+def attributes(config: Annotated[AttributesConfig, tyro.conf.arg(name="")]) -> None:
+    """Ask BLIP-2 for an attribute of every training image, as IntCoOp trains on."""
+    run_attributes(config)
 
 
 def info() -> None:
@@ -51,7 +63,11 @@ def info() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; an error the user can mend is one line on standard error and exit status 1."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"demo": demo, "info": info}, args=arguments, prog="fastsds")
+        tyro.extras.subcommand_cli_from_dict(
+            {"demo": demo, "intcoop-demo": intcoop_demo, "attributes": attributes, "info": info},
+            args=arguments,
+            prog="fastsds",
+        )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"fastsds: {error}", file=sys.stderr)
         return 1

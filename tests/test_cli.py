@@ -40,8 +40,11 @@ def test_info_says_what_to_do_about_another_torch(
     assert sum(expected in line for line in capsys.readouterr().out.splitlines()) == 1
 
 
-def test_demo_refuses_an_existing_folder_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--out", str(tmp_path), "--overwrite"]) == 1
+@pytest.mark.parametrize("command", ["demo", "intcoop-demo"])
+def test_demos_refuse_an_existing_folder_in_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--out", str(tmp_path), "--overwrite"]) == 1
     assert capsys.readouterr().err == f"fastsds: out: {tmp_path} exists; name another folder\n"
 
 
@@ -51,10 +54,22 @@ def test_demo_refuses_numbers_below_one(option: str, capsys: pytest.CaptureFixtu
     assert f"{option}: expected at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["seeds", "shots", "test-per-class", "workers"])
+def test_intcoop_demo_refuses_numbers_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["intcoop-demo", f"--{option}", "0"]) == 1
+    assert f"{option.replace('-', '_')}: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_attributes_names_a_missing_split_file_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = tmp_path / "split.json"
+    assert cli.main(["attributes", "--images", str(tmp_path), "--split", str(split)]) == 1
+    assert capsys.readouterr().err == f"fastsds: path: could not read {split}: No such file or directory\n"
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert "demo" in printed
-    assert "info" in printed
+    for command in ("demo", "intcoop-demo", "attributes", "info"):
+        assert command in printed

@@ -67,7 +67,7 @@ class Explanation:
         if len(images) != len(self.words):
             raise ValueError(f"images: expected the {len(self.words)} that were explained, got {len(images)}")
         rows = -(-len(images) // columns)
-        figure = Figure(figsize=(2 * columns, 2.6 * rows))
+        figure = Figure(figsize=(2 * columns, 3 * rows))
         for index, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
             axis.set_axis_off()
             if index >= len(images):

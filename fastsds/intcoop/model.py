@@ -34,8 +34,8 @@ class IntCoOp(PromptedCLIP):
         heads: of the cross-attention.
         attribute_space: of `L_attr`'s targets: `token` embeddings, as stand for a word in a prompt (*reading*), or
             `text` embeddings of the whole tower.
-        attribute_weight: lambda1 (not known).
-        regulariser_weight: lambda2 (not known).
+        attribute_weight: lambda1 (not known; 4 did best on the validation pictures of the toy world).
+        regulariser_weight: lambda2 (not known; as `attribute_weight`).
         encoder_options: of the `PrefixTextEncoder`.
 
     Raises:
@@ -57,8 +57,8 @@ class IntCoOp(PromptedCLIP):
         extractor_layers: Sequence[int] | None = None,
         heads: int = 8,
         attribute_space: AttributeSpace = "token",
-        attribute_weight: float = 1.0,
-        regulariser_weight: float = 1.0,
+        attribute_weight: float = 4.0,
+        regulariser_weight: float = 4.0,
         **encoder_options: Any,
     ) -> None:
         for name, value in (("attribute_weight", attribute_weight), ("regulariser_weight", regulariser_weight)):

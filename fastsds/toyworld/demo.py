@@ -6,9 +6,8 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fastsds.evaluation.statistics import summarise
 from fastsds.toyworld import load_clip, load_teacher
 from fastsds.toyworld.experiment import Arm, Evaluation, Setting, measure_teacher, teacher_scores, train_arm
 from fastsds.toyworld.figures import bars, curves, examples
+from fastsds.toyworld.runs import one_thread, percent, refuse_existing
 from fastsds.training.metrics import read_metrics
 from fastsds.training.report import Page, markdown_table, png, write_report
 
@@ -98,10 +98,10 @@ def run_demo(config: DemoConfig, console: Console | None = None, setting: Settin
         FileExistsError: `out` exists and `overwrite` is not set, or holds something other than a report.
     """
     console = console or Console()
-    _refuse_existing(config)
+    refuse_existing(config.out, overwrite=config.overwrite)
     started = time.monotonic()
     setting = setting or Setting(steps=config.steps)
-    with tempfile.TemporaryDirectory() as scratch, _one_thread():
+    with tempfile.TemporaryDirectory() as scratch, one_thread():
         runs = Path(scratch)
         start, teacher = _measure_start(setting, console)
         results = _train_all(config, setting, runs, console)
@@ -137,36 +137,12 @@ def table_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, figures in report["arms"].items():
         note = " · captions without relation" if name.endswith("_unstated") else ""
-        rows.append([titles[name] + note, *(_percent(figures[column]) for column in COLUMNS)])
+        rows.append([titles[name] + note, *(percent(figures[column]) for column in COLUMNS)])
     teacher = report["teacher"]
     rows.append(
-        ["teacher's own score", *(_percent(teacher[column]) if column in teacher else "–" for column in COLUMNS)]
+        ["teacher's own score", *(percent(teacher[column]) if column in teacher else "–" for column in COLUMNS)]
     )
     return ["", *COLUMNS.values()], rows
-
-
-def _refuse_existing(config: DemoConfig) -> None:
-    if not config.out.exists():
-        return
-    is_report = (config.out / "report.json").is_file()
-    if not (config.overwrite and is_report):
-        hint = "pass --overwrite or name another folder" if is_report else "name another folder"
-        raise FileExistsError(f"out: {config.out} exists; {hint}")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small models run fastest side by side on one thread each; worker processes inherit the variable."""
-    variable, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if variable is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = variable
 
 
 def _measure_start(setting: Setting, console: Console) -> tuple[dict[str, Any], dict[str, float]]:
@@ -288,7 +264,3 @@ def _page(
         examples(preferences, start["pairs"]), "example scenes with both captions and the models that pick the true one"
     )
     return page
-
-
-def _percent(figure: dict[str, float]) -> str:
-    return f"{100 * figure['mean']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"

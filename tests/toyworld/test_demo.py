@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastsds.toyworld import demo
 from fastsds.toyworld.demo import ARMS, COLUMNS, DemoConfig, run_demo, table_rows
 from fastsds.toyworld.experiment import Setting
+from fastsds.toyworld.runs import refuse_existing
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def test_arms_that_differ_in_one_option_share_all_others() -> None:
 def test_an_existing_report_is_replaced_only_when_asked(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     _, out = finished
     with pytest.raises(FileExistsError, match="pass --overwrite"):
-        demo._refuse_existing(DemoConfig(out=out))
-    demo._refuse_existing(DemoConfig(out=out, overwrite=True))
+        refuse_existing(out, overwrite=False)
+    refuse_existing(out, overwrite=True)
     (tmp_path / "precious.txt").write_text("", encoding="utf-8")
     with pytest.raises(FileExistsError, match="name another folder"):
-        demo._refuse_existing(DemoConfig(out=tmp_path, overwrite=True))
+        refuse_existing(tmp_path, overwrite=True)
