@@ -148,8 +148,15 @@ def plan() -> Plan:
         add_cuda(
             extension, Path(cpp_extension.CUDA_HOME), architectures(torch._C._cuda_getArchFlags().split()), threads
         )
-    commands = {"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)}
-    return Plan(torch.__version__, torch.version.cuda if missing is None else None, None, [extension], commands)
+
+    class Build(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.force = True  # what was built for another torch or other switches looks up to date
+
+    return Plan(
+        torch.__version__, torch.version.cuda if missing is None else None, None, [extension], {"build_ext": Build}
+    )
 
 
 def sources(pattern: str, *, without: str = "") -> list[str]:

@@ -125,6 +125,7 @@ def test_draws_have_noise_of_their_own() -> None:
     assert (correlation - torch.eye(6)).abs().max() < 4 / 120**0.5
 
 
+@pytest.mark.smoke
 def test_replays_by_seed() -> None:
     latents, alpha_t, sigma_t, seed = _inputs()
     noised = add_noise(latents, alpha_t, sigma_t, seed)

@@ -97,6 +97,7 @@ def _native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "cpp")
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("_native")
 def test_the_number_of_threads_changes_no_bit() -> None:
     """A latent of several blocks, the last of them not full."""

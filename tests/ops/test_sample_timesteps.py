@@ -231,6 +231,7 @@ def test_a_range_of_one_timestep(strategy: str) -> None:
     torch.testing.assert_close(draw.weight, torch.ones(3, 2), rtol=1e-6, atol=0)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_replays_by_seed(strategy: str) -> None:
     first, again, other = (_sample(5, 3, seed, strategy=strategy) for seed in (-8, -8, -7))

@@ -208,6 +208,7 @@ def test_loss_and_gradients_in_one_pass_are_those_of_autograd(case: Case, jacobi
             torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=0)
 
 
+@pytest.mark.smoke
 def test_noise_is_that_of_add_noise() -> None:
     """The residual of an epsilon prediction is zero at the noise that `add_noise` used, in one piece and in slices."""
     latents, seed, ones = torch.randn(4, 3, 5), torch.tensor(-9), torch.ones(4, 3)

@@ -36,6 +36,7 @@ def test_teacher_tells_attributes_and_relations(evaluation: Evaluation) -> None:
     assert figures["relation_pair"] >= 0.95
 
 
+@pytest.mark.smoke
 def test_teacher_folder_is_a_genuine_pipeline() -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -49,6 +50,7 @@ def test_teacher_folder_is_a_genuine_pipeline() -> None:
     assert right[:, 2].sum() > 1.5 * right[:, 0].sum()
 
 
+@pytest.mark.smoke
 def test_clip_folder_is_a_genuine_open_clip_checkpoint() -> None:
     import open_clip
 
