@@ -12,7 +12,8 @@ from torch import Tensor
 from fastsds.kernels import tiles
 
 MAX_WARPS = 16
-REGISTERS_FOR_SUMS = 16  # per thread
+MAX_WARPS_FOR_SUMS = 8  # twice the registers per thread, where the sums of several draws lie in them
+REGISTERS_FOR_SUMS = 8
 
 
 @triton.jit(do_not_specialize=["batch_offset"])
@@ -175,8 +176,11 @@ def _launch(
     loss, grad_prediction, grad_latents, grad_uncond = results
     batch, draws = alpha_t.shape
     channels_last = tiles.is_channels_last(prediction if grad_prediction is None else grad_prediction)
-    options = tiles.launch_options(latents.shape[1:], channels_last, MAX_WARPS)
     group = 1 if grad_latents is None else triton.next_power_of_2(max(draws, 1))
+    max_warps = MAX_WARPS if group == 1 else MAX_WARPS_FOR_SUMS
+    options = tiles.launch_options(latents.shape[1:], channels_last, max_warps)
+    if group > 1:  # the assembler would rather spill a little than run fewer programs at a time
+        options["maxnreg"] = 255
     threads = options["TILE"] // tiles.ELEMENTS_PER_THREAD
     # A channels-last teacher often has contiguous latents, which the kernel reads where they lie.
     row_major = channels_last and latents.is_contiguous()
