@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsds.ops import _checks, _dispatch
+from fastsds.ops import _checks, _dispatch, _triton
 
 
 class EmbeddedPrompts(NamedTuple):
@@ -219,7 +219,8 @@ def reference_backward(
         scaled = upstream if norm_weight is None else upstream * norm_weight.to(wide)
         centred = scaled - scaled.mean(dim=-1, keepdim=True)
         total = total + inverse * (centred - whitened * (scaled * whitened).mean(dim=-1, keepdim=True))
-    total, ids = total.reshape(total.shape[0], -1, width), tokens.reshape(-1)
+    ids = tokens.reshape(-1)
+    total = total.reshape(total.shape[0], ids.numel(), width)
     vectors = 0 if context is None else context.shape[1]
     # As a product with zeros and ones, which adds in the same order in every run.
     slots = -1 - torch.arange(vectors + 1, device=ids.device)
@@ -249,6 +250,8 @@ _dispatch.define(
     fake=_empty_backward,
     reference=reference_backward,
 )
+_triton.register("embed_prompts", _empty)
+_triton.register("embed_prompts_backward", _empty_backward)
 
 _DIFFERENTIABLE = (2, 3, 1, 4, 6, 7)  # positions in the op's arguments, in the order of the gradients
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastsds.ops import _checks, _dispatch, _extension
+from fastsds.ops import _checks, _dispatch, _extension, _triton
 
 
 def prefix_attention(
@@ -185,15 +185,15 @@ def reference_backward(
     queries, keys, logits = _logits(q, k, prefix_k, padded, ends_only)
     values = v[:, padded.slot].expand(logits.shape[0], -1, -1, -1, -1)
 
-    def pad(per_query: Tensor) -> Tensor:
+    def pad(per_query: Tensor, fill: float = 0.0) -> Tensor:
         if ends_only:
             return per_query[:, :, None]
         inside = padded.inside.reshape(*padded.inside.shape, *[1] * (per_query.dim() - 2))
-        return torch.where(inside, per_query[:, padded.slot], 0)
+        return torch.where(inside, per_query[:, padded.slot], fill)
 
-    # Padding has a gradient of zero, and so adds to no sum.
+    # Padding has weights and gradients of zero, and so adds to no sum.
     grads = pad(grad)
-    weights = (logits - pad(log_sums).transpose(2, 3).unsqueeze(-1)).exp()
+    weights = (logits - pad(log_sums, float("inf")).transpose(2, 3).unsqueeze(-1)).exp()
     in_weights = torch.cat(
         [
             torch.einsum("icqhd,iphd->ichqp", grads, prefix_v),
@@ -233,6 +233,8 @@ _dispatch.define(
 )
 _extension.register("prefix_attention", _empty)
 _extension.register("prefix_attention_backward", _empty_backward)
+_triton.register("prefix_attention", _empty)
+_triton.register("prefix_attention_backward", _empty_backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -55,6 +55,28 @@ def _rounding_interpreter() -> None:
     InterpreterBuilder.create_fp_trunc = round_to_nearest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _multiplying_interpreter() -> None:
+    """The interpreter keeps bfloat16 as 16-bit integers, and multiplies matrices of it as such."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or not TOOLS["triton"]:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        wide = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.bfloat16).float()
+        return TensorHandle(wide.numpy(), tl.float32)
+
+    def multiply_widened(builder: Any, a: Any, b: Any, *arguments: Any) -> Any:
+        return multiply(builder, widened(a), widened(b), *arguments)
+
+    InterpreterBuilder.create_dot = multiply_widened
+
+
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The backend that is forced for this test, and the device on which its new tensors lie: `triton-cuda`."""
