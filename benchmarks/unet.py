@@ -12,12 +12,12 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import baselines
+from benchmarks import baselines, timing
 from fastsds import DiffusionTeacher, SDSDistiller, SDSLoss
 from fastsds.ops.sds_loss import Jacobian
 
@@ -34,7 +34,8 @@ SD21_UNET: dict[str, Any] = {
 SD21_SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
 }  # fmt: skip
-TOKENS, TEXT_WIDTH = 77, 1024
+EAGER = "diffusers and eager PyTorch"
+TOKENS = 77
 STEP_BATCH, NEEDED_SPEED, MOST_OUTSIDE = 32, 1.5, 0.01
 CONTRASTIVE_BATCH, TEACHER_BATCH, MOST_GIB = 256, 8, 24.0
 
@@ -72,18 +73,25 @@ def eager_step(unet: Any, scheduler: Any, latents: Tensor, text: Tensor, jacobia
     return torch.autograd.grad(loss, latents)[0]
 
 
-def unet_alone(unet: Any, noised: Tensor, t: Tensor, text: Tensor, jacobian: Jacobian) -> None:
+def unet_alone(unet: Any, noised: Tensor, t: Tensor, text: Tensor, jacobian: Jacobian, piece: int) -> None:
     """The part of a step that no loss can spare: the U-Net forward and, under `full`, its backward to the input."""
-    with torch.set_grad_enabled(jacobian == "full"):
-        output = unet(noised, t, encoder_hidden_states=text).sample
-    if jacobian == "full":
-        torch.autograd.grad(output, noised, torch.ones_like(output))
+    for start in range(0, len(noised), piece):
+        rows = slice(start, start + piece)
+        latents = noised[rows].detach().requires_grad_(jacobian == "full")
+        with torch.set_grad_enabled(jacobian == "full"):
+            output = unet(latents, t[rows], encoder_hidden_states=text[rows]).sample
+        if jacobian == "full":
+            torch.autograd.grad(output, latents, torch.ones_like(output))
 
 
 def measure_step(
-    device: torch.device, config: dict[str, Any] = SD21_UNET, batch: int = STEP_BATCH, rounds: int = 5
+    device: torch.device, config: dict[str, Any] = SD21_UNET, batch: int = STEP_BATCH, rounds: int = 3
 ) -> dict[str, Any]:
-    """Seconds and peak memory of a step by each side, interleaved, and the share of ours outside the U-Net."""
+    """Seconds and peak memory of a step by each side, interleaved, and the share of ours outside the U-Net.
+
+    Ours runs with the whole batch in one U-Net call, as the other side does, and with `TEACHER_BATCH` latents at a
+    time. A side that does not fit into memory says so in place of its figures.
+    """
     dtype, size = torch.bfloat16, config["sample_size"]
     scheduler = make_scheduler()
     plain = make_unet(config, device, dtype)
@@ -91,25 +99,23 @@ def measure_step(
     latents = torch.randn(batch, 4, size, size, device=device, requires_grad=True)
     teacher = DiffusionTeacher(make_unet(config, device, dtype), None, None, None, scheduler)
     teacher.to(memory_format=torch.channels_last)
-    noised = latents.detach().to(dtype, memory_format=torch.channels_last).requires_grad_()
-    t = torch.randint(0, 1000, (batch,), device=device)
-    figures: dict[str, Any] = {"batch": batch, "dtype": str(dtype), "rounds": rounds}
-    for jacobian in get_args(Jacobian):
-        loss = SDSLoss(teacher, weighting="sds", jacobian=jacobian)
+    noised = latents.detach().to(dtype, memory_format=torch.channels_last)
+    t = torch.randint(0, len(teacher.schedule), (batch,), device=device)
+    figures: dict[str, Any] = {
+        "batch": batch, "dtype": str(dtype), "rounds": rounds,
+        "needed_speed": NEEDED_SPEED, "most_outside_unet": MOST_OUTSIDE,
+    }  # fmt: skip
+    for jacobian in ("skip", "full"):
         sides: dict[str, Callable[[], Any]] = {
-            "diffusers and eager PyTorch": lambda: eager_step(plain, scheduler, latents, text, jacobian),
-            "fastsds": lambda: torch.autograd.grad(loss(latents, text), latents),
-            "U-Net alone": lambda: unet_alone(teacher.unet, noised, t, text, jacobian),
+            EAGER: lambda: eager_step(plain, scheduler, latents, text, jacobian),
         }
-        measured = _interleaved(sides, rounds, device)
-        ours = measured["fastsds"]["median_s"]
-        figures[f"jacobian {jacobian}"] = {
-            **measured,
-            "speed": measured["diffusers and eager PyTorch"]["median_s"] / ours,
-            "needed_speed": NEEDED_SPEED,
-            "share_outside_unet": 1 - measured["U-Net alone"]["median_s"] / ours,
-            "most_outside_unet": MOST_OUTSIDE,
-        }
+        for name, piece in (("whole", batch), (f"{TEACHER_BATCH} at a time", TEACHER_BATCH)):
+            loss = SDSLoss(teacher, weighting="sds", jacobian=jacobian, teacher_batch=piece)
+            sides[f"fastsds, {name}"] = lambda loss=loss: torch.autograd.grad(loss(latents, text), latents)
+            sides[f"U-Net alone, {name}"] = lambda piece=piece: unet_alone(
+                teacher.unet, noised, t, text, jacobian, piece
+            )
+        figures[f"jacobian {jacobian}"] = _with_ratios(_interleaved(sides, rounds, device))
     return figures
 
 
@@ -127,7 +133,7 @@ def measure_memory(
     size = model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     images = torch.randn(batch, 3, height, width, device=device)
-    tokens = torch.randint(1, 1000, (batch, model.context_length), device=device)
+    tokens = torch.arange(model.context_length, device=device).repeat(batch, 1)
     text = torch.randn(batch, TOKENS, config["cross_attention_dim"], device=device, dtype=torch.bfloat16)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -141,18 +147,35 @@ def measure_memory(
     }  # fmt: skip
 
 
-def _interleaved(sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    from benchmarks.timing import peak_bytes, seconds
-
-    measured: dict[str, dict[str, float]] = {}
+def _interleaved(sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    measured: dict[str, dict[str, Any]] = {}
     for name, side in sides.items():
-        side()
-        measured[name] = {"peak_bytes": float(peak_bytes(side))} if device.type == "cuda" else {}
-    times: dict[str, list[float]] = {name: [] for name in sides}
+        try:
+            side()
+            measured[name] = {"peak_bytes": timing.peak_bytes(side)} if device.type == "cuda" else {}
+        except torch.OutOfMemoryError:
+            measured[name] = {"out_of_memory": True}
+            torch.cuda.empty_cache()
+    fitting = {name: side for name, side in sides.items() if "out_of_memory" not in measured[name]}
+    times: dict[str, list[float]] = {name: [] for name in fitting}
     for _ in range(rounds):
-        for name, side in sides.items():
-            times[name].append(seconds(side))
-    return {name: {"median_s": statistics.median(times[name]), **measured[name]} for name in sides}
+        for name, side in fitting.items():
+            times[name].append(timing.seconds(side))
+    for name in fitting:
+        measured[name]["median_s"] = statistics.median(times[name])
+    return measured
+
+
+def _with_ratios(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many times as fast as the other side ours is, and its share outside the U-Net."""
+    for name, figures in measured.items():
+        if not name.startswith("fastsds") or "median_s" not in figures:
+            continue
+        for key, other in (("speed", EAGER), ("share_outside_unet", name.replace("fastsds", "U-Net alone"))):
+            if "median_s" in measured[other]:
+                ratio = measured[other]["median_s"] / figures["median_s"]
+                figures[key] = ratio if key == "speed" else 1 - ratio
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,207 @@
+"""`python3 benchmarks/verify_gpu.py`: everything that only a CUDA machine can show, in one go of under ten minutes.
+
+Wants torch, nvcc and Triton, and takes what else is missing from a folder of wheels, without a network: builds the
+extension for this GPU, runs the tests on it, compute-sanitizer over the op tests, the benchmarks, and a step and a
+large batch with a U-Net of Stable Diffusion 2.1's size. Each step is a process with a limit of its own. One JSON file
+is written again after every step, so that what was done is kept; the exit status is 0 only if every step ended well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BUDGET_SECONDS = 570.0
+TAIL_CHARACTERS = 4000
+OP_TESTS = ("tests/ops/test_add_noise.py", "tests/ops/test_sds_loss.py", "tests/ops/test_sample_timesteps.py")
+SANITIZED = "(triton-cuda or cuda-cuda) and (views or sizes or any_latent_shape or empty or replays or gradient)"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, in the repository's root, and the seconds it may take."""
+
+    name: str
+    command: Sequence[str]
+    limit_seconds: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    figures: Path | None = None
+    """Where the command leaves its figures as JSON."""
+    needs: str | None = None
+    """A program without which the step is left out, with a word about it."""
+
+
+def run_steps(
+    steps: Sequence[Step], save: Callable[[list[dict[str, Any]]], None], budget_seconds: float = BUDGET_SECONDS
+) -> list[dict[str, Any]]:
+    """Runs each step, whatever became of those before it, and saves all records after every one.
+
+    A record holds `status`: `passed`, `failed`, `timed out`, `not run: <why>`; the last of these where a program is
+    missing or no time is left.
+    """
+    deadline = time.monotonic() + budget_seconds
+    records: list[dict[str, Any]] = []
+    for step in steps:
+        left = deadline - time.monotonic()
+        if step.needs is not None and shutil.which(step.needs) is None:
+            record: dict[str, Any] = {"name": step.name, "status": f"not run: no {step.needs} was found"}
+        elif left <= 0:
+            record = {"name": step.name, "status": f"not run: the {budget_seconds:.0f} s were spent"}
+        else:
+            print(f"== {step.name}", flush=True)
+            record = _run(step, min(step.limit_seconds, left))
+        print(f"== {step.name}: {record['status']}", flush=True)
+        records.append(record)
+        save(records)
+    return records
+
+
+def _run(step: Step, limit_seconds: float) -> dict[str, Any]:
+    start = time.monotonic()
+    record: dict[str, Any] = {"name": step.name, "command": shlex.join(step.command).replace(sys.executable, "python")}
+    if step.figures is not None:
+        step.figures.unlink(missing_ok=True)  # those of an earlier run
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            # A session of its own, so that a step's own processes end with it.
+            process = subprocess.Popen(
+                list(step.command), cwd=ROOT, env={**os.environ, **step.environment}, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                record["exit_status"] = process.wait(limit_seconds)
+                record["status"] = "passed" if record["exit_status"] == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                record["status"] = "timed out"
+        except OSError as error:
+            record["status"] = "failed"
+            output.write(str(error))
+        output.seek(0)
+        record["output"] = output.read()[-TAIL_CHARACTERS:].replace(str(ROOT), ".")
+    record["seconds"] = round(time.monotonic() - start, 1)
+    if step.figures is not None and step.figures.exists():
+        record["figures"] = json.loads(step.figures.read_text(encoding="utf-8"))
+    print(record["output"], flush=True)
+    return record
+
+
+def missing_wheels(folder: Path) -> list[Path]:
+    """The wheels in a folder whose distributions are not installed."""
+
+    def installed(wheel: Path) -> bool:
+        try:
+            importlib.metadata.version(wheel.name.split("-")[0])
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return True
+
+    return [wheel for wheel in sorted(folder.glob("*.whl")) if not installed(wheel)]
+
+
+def plan(out: Path, scratch: Path, wheels: Sequence[Path], device: str, architecture: str) -> list[Step]:
+    """What is run, the most telling first; the rest of the suite takes the time that is left."""
+    python = sys.executable
+    packages = scratch / "packages"
+    path = os.pathsep.join(filter(None, [str(packages), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {"PYTHONPATH": path, "PIP_BREAK_SYSTEM_PACKAGES": "1", "HF_HUB_OFFLINE": "1"}
+    build = {
+        **environment, "FASTSDS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": str(os.cpu_count() or 1),
+    }  # fmt: skip
+    pip = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet"]
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+
+    def sanitize(tool: str) -> Step:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, *OP_TESTS, "-k", SANITIZED]
+        # Each tensor an allocation of its own, so that a step outside one is seen.
+        uncached = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Step(f"compute-sanitizer {tool}", command, 75, uncached, needs="compute-sanitizer")
+
+    def unet(what: str) -> Step:
+        figures = scratch / f"{what}.json"
+        command = [python, "-m", "benchmarks.unet", what, "--figures", str(figures)]
+        return Step(f"SD 2.1-size U-Net: {what}", command, 75, environment, figures)
+
+    def benchmarks(extent: str, limit_seconds: float) -> Step:
+        folder = out if extent == "full" else out / extent
+        command = [python, "-m", "benchmarks", "--device", "cuda", "--extent", extent, "--out", str(folder)]
+        return Step(f"benchmarks, {extent}", command, limit_seconds, environment, folder / f"{device}.json")
+
+    return [
+        *([Step("wheels", [*pip, "--target", str(packages), *map(str, wheels)], 60, environment)] if wheels else []),
+        Step("build", [*pip, "--no-build-isolation", "--editable", "."], 150, build),
+        Step("info", [python, "-m", "fastsds.cli", "info"], 30, environment),
+        Step("tests of the ops", [*pytest, "tests/ops", "-m", "not slow"], 120, environment),
+        benchmarks("bars", 90),
+        unet("step"),
+        unet("memory"),
+        sanitize("memcheck"),
+        sanitize("racecheck"),
+        Step("tests", [*pytest, "tests", "--ignore", "tests/ops"], 180, environment),
+        benchmarks("full", 180),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="verify_gpu.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--wheels", type=Path, help="folder of wheels for what is not installed")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plots")
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds in all")
+    options = parser.parse_args(arguments)
+    try:
+        import torch
+    except ImportError as error:
+        print(f"verify_gpu: PyTorch is needed and cannot be imported: {error}", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print(
+            f"verify_gpu: expected a CUDA device, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees none; "
+            f"`make bench` measures on a CPU",
+            file=sys.stderr,
+        )
+        return 2
+    if options.wheels is not None and not options.wheels.is_dir():
+        print(f"verify_gpu: --wheels: expected a folder, got {options.wheels}", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name()
+    machine = {
+        "device": name, "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
+        "python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
+    }  # fmt: skip
+    out = options.out.resolve()
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")  # as `python -m benchmarks` names its files
+    document = out / f"verify-{slug}.json"
+    architecture = "{}.{}".format(*torch.cuda.get_device_capability())
+
+    def save(records: list[dict[str, Any]]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        document.write_text(json.dumps({"machine": machine, "steps": records}, indent=1) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        wheels = missing_wheels(options.wheels) if options.wheels is not None else []
+        records = run_steps(plan(out, Path(scratch), wheels, slug, architecture), save, options.budget)
+    for record in records:
+        print(f"{record.get('seconds', 0):>6.1f} s  {record['name']}: {record['status']}")
+    print(f"written: {document}")
+    return 0 if all(record["status"] == "passed" for record in records) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
