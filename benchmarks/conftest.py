@@ -73,7 +73,7 @@ def inputs(case: Case, device: torch.device) -> Inputs:
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, Any]]:
     """`timing.compare` for this test, at the length that was asked for."""
-    seconds = 0.0 if request.config.getoption("--extent") == "tiny" else 2.0
+    seconds = 0.0 if request.config.getoption("--extent") == "tiny" else 1.5
 
     def run(contenders: dict[str, timing.Contender], **record: Any) -> dict[str, Any]:
         return timing.compare(benchmark, contenders, record, seconds)

@@ -31,9 +31,9 @@ def test_smallest_run_writes_its_results(tmp_path: Path) -> None:
     results = json.loads(document.read_text(encoding="utf-8"))
     assert results["machine"]["backends"]["sds_loss"] in process.stdout
     suites = {timing["suite"].split(",")[0] for timing in results["timings"]}
-    assert suites == {"add_noise", "sds_loss", "sample_timesteps", "step"}
+    assert {"add_noise", "sds_loss", "sample_timesteps", "step"} <= suites
     for timing in results["timings"]:
-        assert {"eager", "torch.compile", "fastsds"} <= timing["contenders"].keys()
+        assert "fastsds" in timing["contenders"] and len(timing["contenders"]) > 1
         assert all(0 < each["min_s"] <= each["median_s"] for each in timing["contenders"].values())
         assert timing["suite"] in process.stdout
     assert [each["draws"] for each in results["variances"]] == [1, 4]
