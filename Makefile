@@ -50,14 +50,14 @@ weights: install  ## Train the toy world's models anew (about an hour).
 wheel: install  ## Build the wheel for the CPU into dist/.
 	rm -rf dist/raw
 	FASTSDS_CUDA=0 $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist/raw .
-	PATH="$(BIN):$$PATH" $(AUDITWHEEL) dist/raw/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(AUDITWHEEL) dist/raw/*.whl
 
 wheel-cuda: install $(NVCC)  ## Build the wheel with CUDA kernels into dist/; needs no GPU.
 	rm -rf dist/raw
 	FASTSDS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
 	CUDA_HOME="$$($(BIN)/python -c 'import nvidia, pathlib; print(next(pathlib.Path(nvidia.__path__[0]).glob("cu*")))')" \
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist/raw .
-	PATH="$(BIN):$$PATH" $(AUDITWHEEL) dist/raw/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(AUDITWHEEL) dist/raw/*.whl
 
 bench: install  ## Measure every op against eager PyTorch and torch.compile.
 	$(BIN)/python -m benchmarks
