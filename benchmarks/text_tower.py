@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -134,7 +134,7 @@ def growth(clip: Any, rounds: int, sizes: tuple[tuple[int, int], ...]) -> dict[s
 
 
 def peak_bytes(classes: int, images: int, dense: bool, threads: int) -> int:
-    """Of one step in a process of its own, above what it held before."""
+    """Of one step in a process of its own, above what it held before, on Linux."""
     command = [sys.executable, "-m", "benchmarks.text_tower", "--peak", f"{classes},{images},{int(dense)}"]
     done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
@@ -143,9 +143,17 @@ def peak_bytes(classes: int, images: int, dense: bool, threads: int) -> int:
 def _print_peak(classes: int, images: int, dense: bool) -> None:
     encoder, leaves = make_encoder(make_tower(), classes, dense=dense), learned(images)
     step(make_encoder(encoder._tower.model, 1), learned(1))  # libraries and their buffers
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident_bytes("VmRSS")
     step(encoder, leaves)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(_resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(what: str) -> int:
+    """Of this process, now (`VmRSS`) or at most (`VmHWM`)."""
+    found = re.search(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
