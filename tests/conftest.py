@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton and the ops are imported, which read it once
 
-from fastsds.toyworld import models  # noqa: E402
+from fastsds.toyworld import models
 
 
 @pytest.fixture(autouse=True)
