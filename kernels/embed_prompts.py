@@ -24,9 +24,9 @@ def embed_prompts_kernel(
     norm_bias,
     embeddings,  # [images, tokens, width]
     normed,
-    tokens, vectors, width, eps,
+    tokens, vectors, width,
     HAS_CONTEXT: tl.constexpr, HAS_ATTRIBUTE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`token or vector + position`, and its LayerNorm. What is absent points at `token_embedding`."""
     program = tl.program_id(0)
@@ -54,7 +54,7 @@ def embed_prompts_kernel(
         x = x.to(dtype).to(COMPUTE)  # as it was stored
         mean = tl.sum(x, axis=0) / width
         centred = tl.where(mask, x - mean, 0.0)
-        y = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+        y = centred / tl.sqrt(tl.sum(centred * centred, axis=0) / width + tl.full([], EPS, COMPUTE))
         if HAS_WEIGHT:
             y *= tl.load(norm_weight + column, mask=mask, other=0.0).to(COMPUTE)
         if HAS_BIAS:
@@ -71,8 +71,8 @@ def in_vectors_kernel(
     norm_weight,  # [width]
     in_context,  # [images, vectors, width]
     in_attribute,  # [images, width]
-    tokens, vectors, first, count, width, eps,
-    HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, vectors, first, count, width,
+    EPS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient in one learned vector of one image: the sum over the tokens in whose place it stands, in order."""
     program = tl.program_id(0)
@@ -90,7 +90,7 @@ def in_vectors_kernel(
                 if HAS_WEIGHT:
                     upstream *= tl.load(norm_weight + column, mask=mask, other=0.0).to(COMPUTE)
                 centred = tl.where(mask, x - tl.sum(x, axis=0) / width, 0.0)
-                inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+                inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + tl.full([], EPS, COMPUTE))
                 whitened = centred * inverse
                 along = tl.sum(upstream * whitened, axis=0) / width
                 total += inverse * (upstream - tl.sum(upstream, axis=0) / width - whitened * along)
@@ -130,8 +130,8 @@ def embed_prompts(
     with torch.cuda.device_of(tokens):
         embed_prompts_kernel[len(embeddings) * tokens.numel(),](
             tokens.contiguous(), table, *(table if tensor is None else tensor.contiguous() for tensor in given),
-            embeddings, normed, tokens.numel(), 0 if context is None else context.shape[1], table.shape[1], eps or 0.0,
-            HAS_CONTEXT=context is not None, HAS_ATTRIBUTE=attribute is not None,
+            embeddings, normed, tokens.numel(), 0 if context is None else context.shape[1], table.shape[1],
+            HAS_CONTEXT=context is not None, HAS_ATTRIBUTE=attribute is not None, EPS=eps or 0.0,
             HAS_POSITIONS=positions is not None, HAS_NORM=eps is not None, HAS_WEIGHT=norm_weight is not None,
             HAS_BIAS=norm_bias is not None, **options(embeddings),
         )  # fmt: skip
@@ -173,6 +173,6 @@ def embed_prompts_backward(
     with torch.cuda.device_of(tokens):
         in_vectors_kernel[programs,](
             grad, grad_normed, embeddings, tokens.contiguous(), grad if norm_weight is None else norm_weight,
-            in_context, in_attribute, tokens.numel(), vectors, first, last - first, embeddings.shape[-1], eps or 0.0,
-            HAS_NORM=eps is not None, HAS_WEIGHT=norm_weight is not None, **options(embeddings),
+            in_context, in_attribute, tokens.numel(), vectors, first, last - first, embeddings.shape[-1],
+            EPS=eps or 0.0, HAS_NORM=eps is not None, HAS_WEIGHT=norm_weight is not None, **options(embeddings),
         )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsds.kernels import tiles
 
 PREFIX_BLOCK = 16  # keys of the prefix; the least that a matrix product takes
+FORWARD_WARPS, IN_QUERIES_WARPS, IN_KEYS_WARPS = {2: 8, 4: 4, 8: 4}, {2: 8, 4: 4, 8: 8}, {2: 8, 4: 8, 8: 8}
 
 
 @triton.jit
@@ -82,11 +83,12 @@ def prefix_attention_kernel(
     out,  # [images, queries, heads, dim]
     log_sums,  # [images, queries, heads]
     q_image, q_token, k_image, k_token, v_image, v_token, pk_image, pk_token, pv_image, pv_token,  # strides
-    queries, prompts, prefix, heads, dim, scale,
-    ENDS_ONLY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PREFIX: tl.constexpr,
+    queries, prompts, prefix, heads, dim,
+    SCALE: tl.constexpr, ENDS_ONLY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PREFIX: tl.constexpr,
     BLOCK_DIM: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """What a block of queries attends to, and the logarithms of its softmax's sums."""
+    scale = tl.full([], SCALE, COMPUTE)
     image, head, block = locate(queries, heads, BLOCK)
     query = block * BLOCK + tl.arange(0, BLOCK)
     inside = query < queries
@@ -136,11 +138,12 @@ def in_queries_kernel(
     in_q,  # [images, queries, heads, dim]
     in_prefix,  # [2, images, blocks, prefix, heads, dim], every block's share of the sums over queries
     q_image, q_token, k_image, k_token, v_image, v_token, pk_image, pk_token, pv_image, pv_token,
-    images, queries, prompts, prefix, heads, dim, scale,
-    NEEDS_Q: tl.constexpr, ENDS_ONLY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    images, queries, prompts, prefix, heads, dim,
+    SCALE: tl.constexpr, NEEDS_Q: tl.constexpr, ENDS_ONLY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_PREFIX: tl.constexpr, BLOCK_DIM: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The gradient in a block of queries, and the block's share of those in the prefix."""
+    scale = tl.full([], SCALE, COMPUTE)
     image, head, block = locate(queries, heads, BLOCK)
     query = block * BLOCK + tl.arange(0, BLOCK)
     inside = query < queries
@@ -190,11 +193,12 @@ def in_keys_kernel(
     in_k,  # [images, tokens, heads, dim]
     in_v,
     q_image, q_token, k_image, k_token, v_image, v_token,
-    queries, tokens, prompts, heads, dim, scale,
-    ENDS_ONLY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    queries, tokens, prompts, heads, dim,
+    SCALE: tl.constexpr, ENDS_ONLY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The gradients in a block of the suffixes' keys and values, from the queries that see them."""
+    scale = tl.full([], SCALE, COMPUTE)
     image, head, block = locate(tokens, heads, BLOCK)
     key = block * BLOCK + tl.arange(0, BLOCK)
     stored = key < tokens
@@ -202,23 +206,24 @@ def in_keys_kernel(
     depth = tl.arange(0, BLOCK_DIM)
     keys = rows(k + image * k_image + column, key, k_token, stored, dim, BLOCK_DIM)
     values = rows(v + image * v_image + column, key, v_token, stored, dim, BLOCK_DIM)
-    lowest, highest = block * BLOCK, tl.minimum(block * BLOCK + BLOCK, tokens) - 1
-    prompt = prompt_of(offsets, tl.where(stored, key, highest), prompts, STEPS)
+    highest = tl.minimum(block * BLOCK + BLOCK, tokens) - 1
+    prompt = prompt_of(offsets, tl.where(stored, key, highest), prompts, STEPS).to(tl.int64)
+    # The queries that see a key: its prompt's one, or those from its own position to the prompt's end.
     if ENDS_ONLY:
-        begin, end = tl.min(prompt).to(tl.int64), tl.max(prompt).to(tl.int64) + 1
+        lowest, above = prompt, prompt + 1
     else:
-        begin, end = lowest, tl.load(offsets + tl.max(prompt) + 1).to(tl.int64)
+        lowest, above = key, tl.load(offsets + prompt + 1).to(tl.int64)
+    begin, end = tl.min(lowest), tl.max(above)
     in_keys = tl.zeros([BLOCK, BLOCK_DIM], COMPUTE)
     in_values = tl.zeros([BLOCK, BLOCK_DIM], COMPUTE)
     for start in range(begin, end, BLOCK):
         query = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = query < end
-        first, last = span(offsets, query, inside, prompts, ENDS_ONLY, STEPS)
         asked = rows(q + image * q_image + column, query, q_token, inside, dim, BLOCK_DIM)
         upstream = rows(grad + image * queries * heads * dim + column, query, heads * dim, inside, dim, BLOCK_DIM)
         row = (image * queries + query) * heads + head
         mean, log_sum = tl.load(means + row, mask=inside, other=0.0), tl.load(log_sums + row, mask=inside, other=0.0)
-        seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None]) & inside[:, None]
+        seen = (query[:, None] >= lowest[None, :]) & (query[:, None] < above[None, :]) & inside[:, None]
         weights, in_score = in_scores(asked, upstream, keys, values, mean, log_sum, seen, scale, COMPUTE)
         in_keys += product(tl.trans(in_score.to(asked.dtype)), asked, COMPUTE)
         in_values += product(tl.trans(weights.to(asked.dtype)), upstream, COMPUTE)
@@ -239,13 +244,14 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def block_of(q: Tensor) -> int:
-    """Queries or keys of suffixes that a program works on: what fits any GPU's shared memory."""
-    return 16 if q.dtype == torch.float64 else 32
+    """Queries or keys of suffixes that a program works on: fewer where no 16-bit tensor cores multiply."""
+    return 32 if q.dtype.itemsize == 2 else 16
 
 
-def options(q: Tensor, offsets: Tensor) -> dict[str, object]:
-    """What a launch is compiled for."""
+def options(q: Tensor, offsets: Tensor, warps: dict[int, int]) -> dict[str, object]:
+    """What a launch is compiled for; `warps` by the bytes of an element, so that no register spills on any GPU."""
     return {
+        "num_warps": warps[q.dtype.itemsize],
         "STEPS": (offsets.shape[0] - 1).bit_length(),
         "BLOCK": block_of(q),
         "BLOCK_DIM": max(16, triton.next_power_of_2(q.shape[3])),
@@ -273,7 +279,7 @@ def prefix_attention(
     with torch.cuda.device_of(q):
         prefix_attention_kernel[grid](
             *read, offsets.contiguous(), *results, *strides(*read), queries, offsets.shape[0] - 1, prefix, heads, dim,
-            dim**-0.5, ENDS_ONLY=ends_only, BLOCK_PREFIX=PREFIX_BLOCK, **options(q, offsets),
+            SCALE=dim**-0.5, ENDS_ONLY=ends_only, BLOCK_PREFIX=PREFIX_BLOCK, **options(q, offsets, FORWARD_WARPS),
         )  # fmt: skip
 
 
@@ -307,17 +313,16 @@ def prefix_attention_backward(
     )
     means = torch.empty_like(log_sums)
     in_prefix = log_sums.new_empty((2, images, blocks, prefix, heads, dim))
-    compiled = options(q, offsets)
     with torch.cuda.device_of(q):
         in_queries_kernel[images * heads * blocks,](
             grad, out, log_sums, *read, offsets, means, in_q, in_prefix, *strides(*read), images, queries, prompts,
-            prefix, heads, dim, dim**-0.5, NEEDS_Q=needs_suffix, ENDS_ONLY=ends_only, BLOCK_PREFIX=PREFIX_BLOCK,
-            **compiled,
+            prefix, heads, dim, SCALE=dim**-0.5, NEEDS_Q=needs_suffix, ENDS_ONLY=ends_only, BLOCK_PREFIX=PREFIX_BLOCK,
+            **options(q, offsets, IN_QUERIES_WARPS),
         )  # fmt: skip
         if needs_suffix:
-            in_keys_kernel[images * heads * triton.cdiv(tokens, block_of(q)),](
+            in_keys_kernel[images * heads * triton.cdiv(tokens, block_of(k)),](
                 grad, log_sums, means, *read[:3], offsets, in_k, in_v, *strides(*read[:3]), queries, tokens, prompts,
-                heads, dim, dim**-0.5, ENDS_ONLY=ends_only, **compiled,
+                heads, dim, SCALE=dim**-0.5, ENDS_ONLY=ends_only, **options(k, offsets, IN_KEYS_WARPS),
             )  # fmt: skip
     for gradient, share in zip(gradients[3:], in_prefix, strict=True):
         gradient.copy_(share.sum(dim=1))
