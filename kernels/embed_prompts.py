@@ -175,4 +175,5 @@ def embed_prompts_backward(
             grad, grad_normed, embeddings, tokens.contiguous(), grad if norm_weight is None else norm_weight,
             in_context, in_attribute, tokens.numel(), vectors, first, last - first, embeddings.shape[-1],
             EPS=eps or 0.0, HAS_NORM=eps is not None, HAS_WEIGHT=norm_weight is not None, **options(embeddings),
+            num_warps=8,
         )  # fmt: skip

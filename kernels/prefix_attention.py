@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsds.kernels import tiles
 
 PREFIX_BLOCK = 16  # keys of the prefix; the least that a matrix product takes
-FORWARD_WARPS, IN_QUERIES_WARPS, IN_KEYS_WARPS = {2: 8, 4: 4, 8: 4}, {2: 8, 4: 4, 8: 8}, {2: 8, 4: 8, 8: 8}
+FORWARD_WARPS, IN_QUERIES_WARPS, IN_KEYS_WARPS = {2: 8, 4: 8, 8: 4}, {2: 8, 4: 4, 8: 8}, {2: 8, 4: 8, 8: 8}
 
 
 @triton.jit
