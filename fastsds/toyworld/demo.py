@@ -65,7 +65,7 @@ class DemoConfig:
     """Folder of the report."""
     seeds: int = 1
     """Runs of every arm; with several, intervals are over seeds."""
-    steps: int = 800
+    steps: int = 600
     """Optimizer steps of every arm."""
     workers: int = os.cpu_count() or 1
     """Arms trained side by side, each on one thread."""
