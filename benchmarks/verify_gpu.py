@@ -1,9 +1,10 @@
 """`python3 benchmarks/verify_gpu.py`: everything that only a CUDA machine can show, in one go of under ten minutes.
 
 Wants torch, nvcc and Triton, and takes what else is missing from a folder of wheels, without a network: builds the
-extension for this GPU, runs the tests on it, compute-sanitizer over the op tests, the benchmarks, and a step and a
-large batch with a U-Net of Stable Diffusion 2.1's size. Each step is a process with a limit of its own. One JSON file
-is written again after every step, so that what was done is kept; the exit status is 0 only if every step ended well.
+extension for this GPU, runs the tests on it, compute-sanitizer over the op tests, the benchmarks, a step and a large
+batch with a U-Net of Stable Diffusion 2.1's size, and the text tower at ImageNet's number of classes. Each step is a
+process with a limit of its own. One JSON file is written again after every step, so that what was done is kept; the
+exit status is 0 only if every step ended well.
 """
 
 from __future__ import annotations
@@ -134,10 +135,10 @@ def plan(out: Path, scratch: Path, wheels: Sequence[Path], device: str, architec
         uncached = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Step(f"compute-sanitizer {tool}", command, 75, uncached, needs="compute-sanitizer")
 
-    def unet(what: str) -> Step:
-        figures = scratch / f"{what}.json"
-        command = [python, "-m", "benchmarks.unet", what, "--figures", str(figures)]
-        return Step(f"SD 2.1-size U-Net: {what}", command, 75, environment, figures)
+    def figures(name: str, module: str, *arguments: str) -> Step:
+        document = scratch / f"{module}-{'-'.join(arguments)}.json"
+        command = [python, "-m", f"benchmarks.{module}", *arguments, "--figures", str(document)]
+        return Step(name, command, 75, environment, document)
 
     def benchmarks(extent: str, limit_seconds: float) -> Step:
         folder = out if extent == "full" else out / extent
@@ -150,8 +151,9 @@ def plan(out: Path, scratch: Path, wheels: Sequence[Path], device: str, architec
         Step("info", [python, "-m", "fastsds.cli", "info"], 30, environment),
         Step("tests of the ops", [*pytest, "tests/ops", "-m", "not slow"], 120, environment),
         benchmarks("bars", 90),
-        unet("step"),
-        unet("memory"),
+        figures("SD 2.1-size U-Net: step", "unet", "step"),
+        figures("SD 2.1-size U-Net: memory", "unet", "memory"),
+        figures("text tower, 1,000 classes", "text_tower_gpu"),
         sanitize("memcheck"),
         sanitize("racecheck"),
         Step("tests", [*pytest, "tests", "--ignore", "tests/ops"], 180, environment),
