@@ -3,6 +3,7 @@
 from fastsds.diffusion.loss import SDSLoss
 from fastsds.diffusion.schedule import NoiseSchedule
 from fastsds.diffusion.score import DiffusionScorer
+from fastsds.diffusion.source import TeacherSource
 from fastsds.diffusion.teacher import DiffusionTeacher, UnsupportedTeacherError
 from fastsds.diffusion.timesteps import SeedStream, TimestepSampler
 
@@ -12,6 +13,7 @@ __all__ = [
     "NoiseSchedule",
     "SDSLoss",
     "SeedStream",
+    "TeacherSource",
     "TimestepSampler",
     "UnsupportedTeacherError",
 ]

@@ -1,0 +1,36 @@
+"""One typed description of where a teacher comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastsds.diffusion.teacher import DiffusionTeacher
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """A text-to-image diffusion model and how to run it; also the option group of the commands that need one."""
+
+    source: str
+    """A diffusers pipeline folder or hub id: Stable Diffusion 1.x, 2.x, SDXL or SD3."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the weights, and of what the teacher computes in."""
+    attention: Literal["torch", "xformers"] = "torch"
+    """Kernels of the denoiser's attention; PyTorch's own serve where xformers cannot, and a warning says so."""
+    cache: Path | None = None
+    """Folder that keeps text conditioning and VAE latents between runs; processes may share it."""
+    cache_size_gb: float = 20.0
+    """Size, in 10^9 bytes, above which the cache drops what was used longest ago."""
+
+    def load(self, device: torch.device | str = "cpu") -> DiffusionTeacher:
+        """The frozen teacher on `device`.
+
+        Raises:
+            UnsupportedTeacherError: another kind of model.
+            FileNotFoundError: a folder that is no diffusers pipeline.
+        """
+        return DiffusionTeacher.from_pretrained(self.source, dtype=getattr(torch, self.dtype), device=device)
