@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from fastsds.data.captions import DataError, open_image
 from fastsds.data.fewshot import FewShotSplit, LabelledImage
+from fastsds.data.files import DataError
+from fastsds.data.images import open_image
 
 QUESTION = "Question: which one adjective describes the {classname} in this picture? Answer:"
 

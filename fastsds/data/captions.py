@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
-import csv
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastsds.data.bad_images import BadImages
+from fastsds.data.files import DataError
+from fastsds.data.images import ImageSource, image_key, open_image
+from fastsds.data.tables import read_csv
+from fastsds.sdsclip.ranking import CONNECTIVES, swap_phrases
+
+__all__ = ["CaptionDataset", "DataError", "Preprocess", "Tokenizer", "collate_captions", "open_image"]
+
 Preprocess = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
-
-
-class DataError(ValueError):
-    """A data file or image that cannot be used; the message names it and says what to do."""
 
 
 class CaptionDataset(Dataset[dict[str, Any]]):
     """Pairs of an image and its caption, with candidate captions where ranking wants them.
 
     Args:
-        images: paths of image files, or PIL images.
+        images: paths of image files, PIL images, or images that a `CaptionSource` found in shards or tables.
         captions: one per image.
         preprocess: the CLIP model's own.
         tokenizer: the CLIP model's own.
         candidates: for each image equally many candidate captions, or None where an image has none.
         extra: what belongs to the candidates, by `SDSDistiller.forward`'s names, a tensor row per image:
             `candidate_scores`, `candidate_labels`, `latents`. Rows of images without candidates are not read.
+        bad_images: skips images that cannot be read; without it they are errors.
 
     Raises:
-        DataError: no images, or columns of unequal length.
+        DataError: no images, or columns of unequal length; when a row is read, an image that cannot be, or too many.
     """
 
     def __init__(
         self,
-        images: Sequence[str | Path | Image.Image],
+        images: Sequence[ImageSource],
         captions: Sequence[str],
         preprocess: Preprocess,
         tokenizer: Tokenizer,
         *,
         candidates: Sequence[Sequence[str] | None] | None = None,
         extra: Mapping[str, Tensor] | None = None,
+        bad_images: BadImages | None = None,
     ) -> None:
         self.images = images
         self.captions = captions
@@ -52,6 +58,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         self.tokenizer = tokenizer
         self.candidates = candidates
         self.extra = dict(extra or {})
+        self.bad_images = bad_images
         columns = {"captions": captions, "candidates": candidates, **self.extra}
         if len(images) == 0:
             raise DataError("images: expected at least one, got none")
@@ -80,37 +87,43 @@ class CaptionDataset(Dataset[dict[str, Any]]):
             DataError: a file that is missing or not UTF-8, an unknown column (the message lists those there are), no
                 rows, or a row with too few columns.
         """
-        path = Path(path)
-        folder = path.parent if root is None else Path(root)
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file, delimiter=separator)
-                rows = list(reader)
-                columns = reader.fieldnames or []
-        except OSError as error:
-            raise DataError(f"path: could not read {path}: {error.strerror}") from error
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"path: {path} is not a UTF-8 text file of columns: {error}") from error
-        for name, column in (("image_column", image_column), ("caption_column", caption_column)):
-            if column not in columns:
-                raise DataError(
-                    f"{name}: {path} has no column {column!r}; it has {columns} when split at {separator!r}"
-                )
-        if not rows:
-            raise DataError(f"path: expected rows below the header of {path}, got none")
-        for number, row in enumerate(rows, start=1):
-            if row[image_column] is None or row[caption_column] is None:
-                raise DataError(f"path: row {number} below the header of {path} has fewer columns than {columns}")
-        return cls(
-            [folder / row[image_column] for row in rows], [row[caption_column] for row in rows], preprocess, tokenizer
-        )
+        folder = None if root is None else Path(root)
+        images, captions = read_csv(Path(path), image_column, caption_column, separator, folder)
+        return cls(images, [caption for (caption,) in captions], preprocess, tokenizer)
+
+    def with_swapped_candidates(self, connectives: Sequence[str] = CONNECTIVES) -> CaptionDataset:
+        """The same data with two candidates for teacher ranking: the caption, and with its phrases exchanged.
+
+        Captions without a connective have no candidates. They come as strings, for the `SDSDistiller`'s `scorer`.
+        """
+        candidates = _SwappedCandidates(self.captions, connectives)
+        return CaptionDataset(
+            self.images, self.captions, self.preprocess, self.tokenizer,
+            candidates=candidates, bad_images=self.bad_images,
+        )  # fmt: skip
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the captions of another epoch, where images have several; workers that run already follow."""
+        if isinstance(self.captions, EpochCaptions):
+            self.captions.set_epoch(epoch)
+
+    def content_key(self, index: int) -> str:
+        """A hash of the image that a row holds, the same wherever it is stored; it is read and not decoded.
+
+        A row whose image is known as bad has the key of the image in its place: read the row first.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        return image_key(self.images[index if self.bad_images is None else next(self.bad_images.rows(index))])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index, image = self._open(index)
         row: dict[str, Any] = {
-            "images": self.preprocess(open_image(self.images[index])),
+            "images": self.preprocess(image),
             "tokens": self.tokenizer([self.captions[index]])[0],
             "captions": self.captions[index],
         }
@@ -125,6 +138,57 @@ class CaptionDataset(Dataset[dict[str, Any]]):
                 **{name: column[index] for name, column in self.extra.items()},
             }
         return row
+
+    def _open(self, index: int) -> tuple[int, Image.Image]:
+        """The row that is to be read, `index` or the one in its place, and its image."""
+        if self.bad_images is None:
+            return index, open_image(self.images[index])
+        rows = self.bad_images.rows(range(len(self))[index])
+        while True:
+            row = next(rows)
+            try:
+                return row, open_image(self.images[row])
+            except DataError as error:
+                self.bad_images.add(row, error)
+
+
+class EpochCaptions(Sequence[str]):
+    """One of each image's captions, drawn anew every epoch.
+
+    Args:
+        captions: of every image, at least one.
+        seed: of the draw; epoch and image decide the rest.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[str]], seed: int = 0) -> None:
+        self._captions = captions
+        self._seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return random.Random(f"{self._seed} {int(self._epoch)} {index}").choice(self._captions[index])
+
+
+class _SwappedCandidates(Sequence["list[str] | None"]):
+    """Made when they are read: an epoch's captions are not those of the next."""
+
+    def __init__(self, captions: Sequence[str], connectives: Sequence[str]) -> None:
+        self._captions = captions
+        self._connectives = connectives
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def __getitem__(self, index: Any) -> Any:
+        caption = self._captions[index]
+        swapped = swap_phrases(caption, self._connectives)
+        return None if swapped is None else [caption, swapped]
 
 
 def collate_captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -149,20 +213,3 @@ def collate_captions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {name: torch.stack(values) if isinstance(values[0], Tensor) else values for name, values in columns.items()}
-
-
-def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """The image in RGB.
-
-    Raises:
-        DataError: it does not exist or cannot be decoded.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"image: {image} does not exist; check the data file's paths and its root") from error
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise DataError(f"image: {image} cannot be read ({error}); replace it or take its row out") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,9 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fastsds.data.captions import DataError, Preprocess, open_image
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_NAMED = 3  # culprits that a message names
+from fastsds.data.captions import Preprocess
+from fastsds.data.files import DataError, first_names, read_json
+from fastsds.data.images import IMAGE_SUFFIXES, open_image
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ class FewShotSplit:
         unknown = sorted(names.keys() - {item.label for item in self.train})
         if unknown:
             raise DataError(
-                f"val, test: expected classes that training has, got unknown labels {_first(unknown)} "
-                f"({_first([names[label] for label in unknown])})"
+                f"val, test: expected classes that training has, got unknown labels {first_names(unknown)} "
+                f"({first_names([names[label] for label in unknown])})"
             )
 
     @property
@@ -72,7 +70,7 @@ class FewShotSplit:
                 them and names the first).
         """
         path, image_root = Path(path), Path(image_root)
-        document = _read_json(path)
+        document = read_json(path)
         parts: dict[str, tuple[LabelledImage, ...]] = {}
         for part in ("train", "val", "test"):
             if not isinstance(document, dict) or not isinstance(document.get(part), list):
@@ -83,7 +81,7 @@ class FewShotSplit:
             total = sum(len(items) for items in parts.values())
             raise DataError(
                 f"path: {len(absent)} of the {total} images of {path} are absent below {image_root}, "
-                f"first {_first(absent)}; check image_root"
+                f"first {first_names(absent)}; check image_root"
             )
         return cls(**parts)
 
@@ -159,8 +157,8 @@ class FewShotSplit:
         lacking = [item.key for item in self.train if not attributes.get(item.key)]
         if lacking:
             raise DataError(
-                f"attributes: {len(lacking)} of {len(self.train)} training images have none, first {_first(lacking)}; "
-                f"label them with `fastsds attributes`"
+                f"attributes: {len(lacking)} of {len(self.train)} training images have none, first "
+                f"{first_names(lacking)}; label them with `fastsds attributes`"
             )
         return replace(self, train=tuple(replace(item, attribute=attributes[item.key]) for item in self.train))
 
@@ -217,7 +215,7 @@ def sample_shots(
     if short and not repeat:
         raise DataError(
             f"shots: expected {shots} {part} images of every class, {len(short)} of {len(by_label)} classes have "
-            f"fewer, first {_first(short)}"
+            f"fewer, first {first_names(short)}"
         )
     drawn: list[LabelledImage] = []
     for found in by_label.values():
@@ -230,15 +228,6 @@ def _parse(row: Any, part: str, path: Path, image_root: Path) -> LabelledImage:
         raise DataError(f"path: expected rows [path, label, classname] in {part} of {path}, got {row!r}")
     key, label, classname = row
     return LabelledImage(image_root / key, label, _words(classname), key)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"path: could not read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"path: {path} is not JSON: {error}") from error
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -268,7 +257,3 @@ def _names_by_label(items: Sequence[LabelledImage]) -> dict[int, str]:
 
 def _words(classname: str) -> str:
     return classname.replace("_", " ")
-
-
-def _first(names: Sequence[Any]) -> str:
-    return ", ".join(map(str, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")

@@ -1,0 +1,98 @@
+"""Images wherever they are stored: opened, named and hashed alike."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+from PIL import Image, UnidentifiedImageError
+
+from fastsds.data.files import DataError
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# What Pillow's decoders raise on broken files.
+_BROKEN = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """An encoded image that is no file of its own: a member of a shard, a row of a table."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    def read(self) -> bytes:
+        """The encoded image; may be called in any process."""
+        ...
+
+
+ImageSource: TypeAlias = str | Path | Image.Image | StoredImage
+
+
+class Pairs(NamedTuple):
+    """What a reader finds: images, and every image's captions."""
+
+    images: Sequence[ImageSource]
+    captions: Sequence[Sequence[str]]
+
+
+def open_image(image: ImageSource) -> Image.Image:
+    """The image in RGB.
+
+    Raises:
+        DataError: it does not exist or cannot be decoded.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image if isinstance(image, (str, Path)) else io.BytesIO(image.read())) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError as error:
+        raise _absent(image) from error
+    except UnidentifiedImageError as error:
+        raise _unreadable(image, "it is no image of a known format") from error
+    except _BROKEN as error:
+        raise _unreadable(image, error) from error
+
+
+def image_name(image: ImageSource) -> str:
+    """What messages call an image: its path, where it has one."""
+    if isinstance(image, Image.Image):
+        return f"an image in memory of {image.width} x {image.height} pixels"
+    return str(image) if isinstance(image, (str, Path)) else image.name
+
+
+def image_key(image: ImageSource) -> str:
+    """A hash (BLAKE2b, 160 bits, hexadecimal) of the encoded image as it is stored, or of the pixels of one in memory.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        content = f"{image.mode} {image.size} ".encode() + image.tobytes()
+    else:
+        try:
+            content = Path(image).read_bytes() if isinstance(image, (str, Path)) else image.read()
+        except FileNotFoundError as error:
+            raise _absent(image) from error
+        except OSError as error:
+            raise _unreadable(image, error) from error
+    return hashlib.blake2b(content, digest_size=20).hexdigest()
+
+
+def _absent(image: ImageSource) -> DataError:
+    return DataError(f"image: {image_name(image)} does not exist; check the data file's paths and its root")
+
+
+def _unreadable(image: ImageSource, reason: object) -> DataError:
+    return DataError(f"image: {image_name(image)} cannot be read ({reason}); replace it or take its row out")

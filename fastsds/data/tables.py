@@ -1,0 +1,50 @@
+"""open_clip's CSV format: a header, then an image path and a caption per line."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from fastsds.data.files import DataError
+from fastsds.data.images import Pairs
+
+
+def read_csv(
+    path: Path,
+    image_column: str = "filepath",
+    caption_column: str = "title",
+    separator: str | None = "\t",
+    root: Path | None = None,
+) -> Pairs:
+    """Reads image paths and captions.
+
+    Args:
+        separator: of the columns; None takes a tab where the header has one, else a comma.
+        root: folder that relative image paths start from; that of the file by default.
+
+    Raises:
+        DataError: a file that is missing or not UTF-8, an unknown column (the message lists those there are), no
+            rows, or a row with too few columns.
+    """
+    folder = path.parent if root is None else root
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            if separator is None:
+                separator = "\t" if "\t" in file.readline() else ","
+                file.seek(0)
+            reader = csv.DictReader(file, delimiter=separator)
+            rows = list(reader)
+            columns = list(reader.fieldnames or [])
+    except OSError as error:
+        raise DataError(f"path: could not read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"path: {path} is not a UTF-8 text file of columns: {error}") from error
+    for name, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column not in columns:
+            raise DataError(f"{name}: {path} has no column {column!r}; it has {columns} when split at {separator!r}")
+    if not rows:
+        raise DataError(f"path: expected rows below the header of {path}, got none")
+    for number, row in enumerate(rows, start=1):
+        if row[image_column] is None or row[caption_column] is None:
+            raise DataError(f"path: row {number} below the header of {path} has fewer columns than {columns}")
+    return Pairs([folder / row[image_column] for row in rows], [(row[caption_column],) for row in rows])
