@@ -1,80 +1,168 @@
-"""The command line: `fastsds demo`, `fastsds intcoop-demo`, `fastsds attributes`, `fastsds info`."""
+"""The command line: which commands there are, how one is found and run, and how an error is told."""
 
 from __future__ import annotations
 
-import platform
+import difflib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
-
-import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
-
-from fastsds.data.attributes import AttributesConfig, run_attributes
-from fastsds.ops import _dispatch, _extension
-from fastsds.toyworld.demo import DemoConfig, run_demo
-from fastsds.toyworld.intcoop_demo import IntCoOpDemoConfig, run_intcoop_demo
-
-_LIBRARIES = ("fastsds", "torch", "triton", "open_clip_torch", "diffusers", "transformers", "accelerate", "xformers")
+from importlib import import_module
+from typing import NamedTuple
 
 
-def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
-    """Distil the toy teacher into the toy CLIP and report what it brought; a few minutes, no download."""
-    run_demo(config)
+class Command(NamedTuple):
+    """A command; its module is imported when it is asked for, so that the others cost nothing."""
+
+    module: str
+    config: str
+    """The dataclass of its options, in that module."""
+    run: str
+    """The function of a config, in that module."""
+    summary: str
+    examples: tuple[str, ...] = ()
 
 
-def intcoop_demo(config: Annotated[IntCoOpDemoConfig, tyro.conf.arg(name="")]) -> None:
-    """Prompt-tune the toy CLIP with IntCoOp and its baselines and compare them; a few minutes, no download."""
-    run_intcoop_demo(config)
+COMMANDS = {
+    "demo": Command(
+        "fastsds.commands.demos",
+        "DemoConfig",
+        "run_demo",
+        "distil the toy teacher into the toy CLIP and report what it brought: minutes, no download",
+        ("fastsds demo", "fastsds demo --seeds 3 --steps 800 --out report"),
+    ),
+    "intcoop-demo": Command(
+        "fastsds.commands.demos",
+        "IntCoOpDemoConfig",
+        "run_intcoop_demo",
+        "prompt-tune the toy CLIP with IntCoOp and its baselines: minutes, no download",
+        ("fastsds intcoop-demo", "fastsds intcoop-demo --seeds 1 --methods coop intcoop"),
+    ),
+    "attributes": Command(
+        "fastsds.commands.attributes",
+        "AttributesConfig",
+        "run_attributes",
+        "ask BLIP-2 for an attribute of every training image, as IntCoOp trains on",
+        ("fastsds attributes --images caltech-101 --split split_zhou_Caltech101.json --out attributes.jsonl",),
+    ),
+    "toyworld": Command(
+        "fastsds.commands.toyworld",
+        "ToyWorldConfig",
+        "run_toyworld",
+        "write the toy world as COCO captions, a Winoground folder and few-shot folders",
+        ("fastsds toyworld", "fastsds toyworld --out tiny --captions 64 --pairs 8"),
+    ),
+    "info": Command(
+        "fastsds.commands.info",
+        "InfoConfig",
+        "run_info",
+        "print versions, devices, and for every op the backend that serves it and why",
+    ),
+}
 
-
-def attributes(config: Annotated[AttributesConfig, tyro.conf.arg(name="")]) -> None:
-    """Ask BLIP-2 for an attribute of every training image, as IntCoOp trains on."""
-    run_attributes(config)
-
-
-def info() -> None:
-    """Print versions, devices, and for every op the backend that serves it and why."""
-    console = Console()
-    console.print(f"Python {platform.python_version()} on {platform.platform()}")
-    for name in _LIBRARIES:
-        try:
-            console.print(f"{name} {version(name)}", highlight=False)
-        except PackageNotFoundError:
-            console.print(f"{name} is not installed", highlight=False)
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        console.print(f"CUDA {torch.version.cuda}: {torch.cuda.get_device_name()}", highlight=False)
-    else:
-        console.print("no CUDA device is available")
-    console.print(_extension.describe(), highlight=False, soft_wrap=True)
-    table = Table("op", "device", "backend", "why")
-    for name in _dispatch.ops():
-        for device in devices:
-            choice = _dispatch.choose(name, device)
-            table.add_row(name, device, choice.backend, choice.reason)
-    console.print(table)
+_GENERAL = (
+    ("--config FILE.yaml", "options from a file; those on the command line override it"),
+    ("--debug", "show the traceback of an error"),
+    ("--help", "of fastsds, or of a command"),
+    ("--version", ""),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; an error the user can mend is one line on standard error and exit status 1."""
+    """Runs a command.
+
+    Returns:
+        The exit status: 0, 1 where something failed (one line on standard error says what), 2 where the command line
+        does not serve, 130 where the user interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "intcoop-demo": intcoop_demo, "attributes": attributes, "info": info},
-            args=arguments,
-            prog="fastsds",
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"fastsds: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fastsds: interrupted", file=sys.stderr)
+        return _run(words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted")
         return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            _complain(_one_line(error))
+        return 1
+
+
+def _run(words: Sequence[str]) -> int:
+    name, rest = _find(words)
+    if name not in COMMANDS:
+        return _overview(name, rest)
+    from fastsds.commands.configs import parse
+
+    command = COMMANDS[name]
+    module = import_module(command.module)
+    kind = getattr(module, command.config)
+    config = parse(kind, rest, command=name, description=_description(kind.__doc__ or "", command))
+    getattr(module, command.run)(config)
     return 0
+
+
+def _find(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The longest beginning that names a command or a group of commands, and the rest."""
+    known = {" ".join(name.split()[:length]) for name in COMMANDS for length in (1, 2)}
+    for length in (2, 1):
+        if len(words) >= length and " ".join(words[:length]) in known:
+            return " ".join(words[:length]), list(words[length:])
+    return "", list(words)
+
+
+def _overview(group: str, rest: Sequence[str]) -> int:
+    """Lists the commands, or those of a group; a word that names none is an error."""
+    prefix = f"{group} " if group else ""
+    below = {name.removeprefix(prefix): COMMANDS[name].summary for name in COMMANDS if name.startswith(prefix)}
+    if rest and rest[0] == "--version":
+        from fastsds import __version__
+
+        print(f"fastsds {__version__}")
+        return 0
+    if rest and rest[0] not in ("--help", "-h"):
+        close = difflib.get_close_matches(rest[0], [*below, *(name.split()[0] for name in below)], n=1)
+        hint = f"did you mean {prefix}{close[0]}?" if close else f"see fastsds {prefix}--help"
+        _complain(f"{prefix}{rest[0]}: there is no such command; {hint}")
+        return 2
+    print(f"usage: fastsds {prefix}COMMAND [OPTIONS]\n\ncommands:")
+    _print_columns(list(below.items()))
+    print("\noptions:")
+    _print_columns(_GENERAL)
+    print(f"\nfastsds {prefix}COMMAND --help shows a command's options, with examples.")
+    return 0 if rest else 2
+
+
+def _description(docstring: str, command: Command) -> str:
+    paragraphs = [docstring.strip()]
+    if command.examples:
+        paragraphs.append("examples:\n" + "\n".join(f"  {example}" for example in command.examples))
+    paragraphs.append("Every option can also stand in a YAML file: --config FILE.yaml, overridden by the command line.")
+    return "\n\n".join(paragraphs)
+
+
+def _print_columns(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(left) for left, _ in rows)
+    for left, right in rows:
+        print(f"  {left:{width}}  {right}".rstrip())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | RuntimeError | OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text}; --debug shows where".replace(": ;", ";")
+
+
+def _complain(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    who = "fastsds" if rank == "0" else f"fastsds, process {rank}"
+    print(f"{who}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

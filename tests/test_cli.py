@@ -1,12 +1,15 @@
-"""The command line: what it prints, and one line for an error."""
+"""The command line: what it prints, how it starts, and one line for an error."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastsds
 from fastsds import cli
 from fastsds.ops import _extension
 
@@ -48,15 +51,13 @@ def test_demos_refuse_an_existing_folder_in_one_line(
     assert capsys.readouterr().err == f"fastsds: out: {tmp_path} exists; name another folder\n"
 
 
-@pytest.mark.parametrize("option", ["seeds", "steps", "workers"])
-def test_demo_refuses_numbers_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", f"--{option}", "0"]) == 1
-    assert f"{option}: expected at least 1, got 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["seeds", "shots", "test-per-class", "workers"])
-def test_intcoop_demo_refuses_numbers_below_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["intcoop-demo", f"--{option}", "0"]) == 1
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("demo", "seeds"), ("demo", "steps"), ("demo", "workers")]
+    + [("intcoop-demo", option) for option in ("seeds", "shots", "test-per-class", "workers")],
+)
+def test_demos_refuse_numbers_below_one(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, f"--{option}", "0"]) == 2
     assert f"{option.replace('-', '_')}: expected at least 1, got 0" in capsys.readouterr().err
 
 
@@ -66,10 +67,101 @@ def test_attributes_names_a_missing_split_file_in_one_line(tmp_path: Path, capsy
     assert capsys.readouterr().err == f"fastsds: path: could not read {split}: No such file or directory\n"
 
 
-def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
-    assert stop.value.code == 0
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["-h"], 0), ([], 2)])
+def test_help_lists_the_commands(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == status
     printed = capsys.readouterr().out
-    for command in ("demo", "intcoop-demo", "attributes", "info"):
-        assert command in printed
+    for command, entry in cli.COMMANDS.items():
+        assert command.split()[0] in printed
+        assert " " in command or entry.summary in printed
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command.split(), "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"usage: fastsds {command} " in printed
+    assert "--config FILE.yaml" in printed
+    for example in cli.COMMANDS[command].examples:
+        assert example.startswith(f"fastsds {command}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demos"], "demos: there is no such command; did you mean demo?"),
+        (["xyz"], "xyz: there is no such command; see fastsds --help"),
+    ],
+)
+def test_unknown_commands_are_told_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"fastsds: {message}\n"
+
+
+def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--sees", "3"]) == 2
+    assert "--sees" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_debug_shows_the_traceback_wherever_it_stands(
+    place: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["demo", "--out", str(tmp_path)]
+    assert cli.main([*arguments[:place], "--debug", *arguments[place:]]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in printed
+    assert f"FileExistsError: out: {tmp_path} exists" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ValueError("lr: expected\n  a number"), 1, "lr: expected a number"),
+        (ZeroDivisionError("division"), 1, "ZeroDivisionError: division; --debug shows where"),
+        (AssertionError(), 1, "AssertionError; --debug shows where"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("saved; go on with --resume"), 130, "saved; go on with --resume"),
+    ],
+)
+def test_errors_are_one_line(
+    error: BaseException, status: int, message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastsds.commands.info.run_info", fail)
+    assert cli.main(["info"]) == status
+    assert capsys.readouterr().err == f"fastsds: {message}\n"
+
+
+def test_other_processes_say_which_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"fastsds, process 1: out: {tmp_path} exists; name another folder\n"
+    assert cli.main(["demo", "--sees", "3"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_listing_commands_and_info_import_no_model_library() -> None:
+    code = """
+import sys
+from fastsds import cli
+assert cli.main(["--help"]) == 0
+assert "torch" not in sys.modules
+assert cli.main(["info"]) == 0
+heavy = {"diffusers", "open_clip", "transformers", "accelerate", "datasets"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "fastsds", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"fastsds {fastsds.__version__}\n")

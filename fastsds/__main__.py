@@ -1,0 +1,9 @@
+"""`python -m fastsds`, and so `accelerate launch -m fastsds`."""
+
+from __future__ import annotations
+
+import sys
+
+from fastsds.cli import main
+
+sys.exit(main())
