@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsds import ops, toyworld
-    from fastsds.clip import PrefixTextEncoder
+    from fastsds.clip import ClipSource, LoadedCLIP, PrefixTextEncoder
     from fastsds.data import CaptionDataset
     from fastsds.diffusion import DiffusionScorer, DiffusionTeacher, NoiseSchedule, SDSLoss
     from fastsds.intcoop import IntCoOp
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 # Imported when first asked for: `import fastsds` needs neither diffusers nor open_clip nor Triton.
 _HOMES = {
     "CaptionDataset": "fastsds.data",
+    "ClipSource": "fastsds.clip",
     "DiffusionScorer": "fastsds.diffusion",
     "DiffusionTeacher": "fastsds.diffusion",
     "DistillConfig": "fastsds.training",
@@ -28,6 +29,7 @@ _HOMES = {
     "IntCoOpConfig": "fastsds.training",
     "IntCoOpTrainer": "fastsds.training",
     "LatentProjector": "fastsds.sdsclip",
+    "LoadedCLIP": "fastsds.clip",
     "NoiseSchedule": "fastsds.diffusion",
     "PrefixTextEncoder": "fastsds.clip",
     "SDSDistiller": "fastsds.sdsclip",
@@ -37,6 +39,7 @@ _MODULES = ("clip", "data", "diffusion", "evaluation", "intcoop", "ops", "sdscli
 
 __all__ = [
     "CaptionDataset",
+    "ClipSource",
     "DiffusionScorer",
     "DiffusionTeacher",
     "DistillConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "IntCoOpConfig",
     "IntCoOpTrainer",
     "LatentProjector",
+    "LoadedCLIP",
     "NoiseSchedule",
     "PrefixTextEncoder",
     "SDSDistiller",

@@ -37,7 +37,7 @@ class ClipIdentity:
         return cls(
             architecture=type(clip).__name__,
             parameters=fingerprint(clip),
-            activation=_activation(clip),
+            activation=activation_of(clip),
             context_length=int(clip.context_length),  # type: ignore[arg-type]
             image_size=int(size[0] if isinstance(size, tuple | list) else size),
             image_mean=tuple(getattr(visual, "image_mean", ())),
@@ -73,7 +73,8 @@ def fingerprint(module: nn.Module) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _activation(clip: nn.Module) -> str:
+def activation_of(clip: nn.Module) -> str:
+    """The kinds of activation in the towers' blocks: `GELU`, `QuickGELU`, … joined by `+` where there are several."""
     kinds = {
         type(module).__name__ for module in clip.modules() if type(module).__name__ in ("GELU", "QuickGELU", "SiLU")
     }
