@@ -1,5 +1,6 @@
 """The diffusion side: a noise schedule, a frozen teacher, the loss it gives and the score it gives."""
 
+from fastsds.diffusion.cache import TensorCache
 from fastsds.diffusion.loss import SDSLoss
 from fastsds.diffusion.schedule import NoiseSchedule
 from fastsds.diffusion.score import DiffusionScorer
@@ -14,6 +15,7 @@ __all__ = [
     "SDSLoss",
     "SeedStream",
     "TeacherSource",
+    "TensorCache",
     "TimestepSampler",
     "UnsupportedTeacherError",
 ]
