@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from fastsds.data.captions import DataError, open_image
+
+ImageSource = Path | bytes | Image.Image
+"""An image file, the content of one, or an image."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class CaptionChoice:
 
     key: str
     """Names the sample within its benchmark, so that two models can be compared sample by sample."""
-    image: Path | Image.Image
+    image: ImageSource
     captions: tuple[str, ...]
     right: int
     """Position of the right caption."""
@@ -47,7 +51,7 @@ class CaptionChoice:
         Raises:
             DataError: it does not exist or cannot be decoded.
         """
-        image = open_image(self.image)
+        image = load_image(self.image, self.key)
         return image if self.box is None else image.crop(self.box)
 
 
@@ -57,7 +61,7 @@ class TwoByTwo:
 
     key: str
     """Names the sample within its benchmark, so that two models can be compared sample by sample."""
-    images: tuple[Path | Image.Image, Path | Image.Image]
+    images: tuple[ImageSource, ImageSource]
     captions: tuple[str, str]
     group: str = ""
     """What macro figures are averaged over, such as Winoground's tag."""
@@ -69,10 +73,25 @@ class TwoByTwo:
             DataError: one does not exist or cannot be decoded.
         """
         first, second = self.images
-        return open_image(first), open_image(second)
+        return load_image(first, self.key), load_image(second, self.key)
 
 
 def groups_of(examples: Sequence[CaptionChoice] | Sequence[TwoByTwo]) -> tuple[str, ...] | None:
     """The examples' groups, or None where no example names one."""
     groups = tuple(example.group for example in examples)
     return groups if any(groups) else None
+
+
+def load_image(image: ImageSource, key: str) -> Image.Image:
+    """The image of the sample `key`, in RGB.
+
+    Raises:
+        DataError: it does not exist or cannot be decoded.
+    """
+    if not isinstance(image, bytes):
+        return open_image(image)
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            return opened.convert("RGB")
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
+        raise DataError(f"image: that of {key!r} cannot be read ({error}); replace it or take its row out") from error

@@ -23,7 +23,7 @@ class Figure:
     """One figure of a benchmark: for every sample 1 where the model was right and 0 where it was not.
 
     Raises:
-        ValueError: no samples, columns of unequal length, a hit outside [0, 1] or a key that comes twice.
+        ValueError: no samples, columns of unequal length, a hit other than 0 and 1, or a key that comes twice.
     """
 
     hits: tuple[float, ...]
@@ -35,8 +35,8 @@ class Figure:
     """What guessing scores, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        if not self.hits or any(not 0 <= hit <= 1 for hit in self.hits):
-            raise ValueError(f"hits: expected at least one, each in [0, 1], got {len(self.hits)}: {self.hits[:5]}")
+        if not self.hits or not set(self.hits) <= {0, 1}:
+            raise ValueError(f"hits: expected at least one, each 0 or 1, got {len(self.hits)}: {self.hits[:5]}")
         for name, column in (("keys", self.keys), ("groups", self.groups)):
             if column is not None and len(column) != len(self.hits):
                 raise ValueError(f"{name}: expected one for each of {len(self.hits)} hits, got {len(column)}")
@@ -54,6 +54,18 @@ class Figure:
         """The mean of the groups' means, or None without groups."""
         return None if self.groups is None else statistics.fmean(self.group_means().values())
 
+    def subset(self, kept: Sequence[bool]) -> Figure:
+        """The samples that `kept` marks; the chance level is that of all.
+
+        Raises:
+            ValueError: it marks none, or is of another length.
+        """
+
+        def pick(column: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(value for value, keep in zip(column, kept, strict=True) if keep)
+
+        return Figure(pick(self.hits), pick(self.keys), None if self.groups is None else pick(self.groups), self.chance)
+
     def group_means(self) -> dict[str, float]:
         """The mean over the samples of each group, by the groups' names in order."""
         hits: dict[str, list[float]] = {}
@@ -68,6 +80,14 @@ class Outcomes:
 
     benchmark: str
     figures: dict[str, Figure]
+
+    def with_groups_of(self, name: str) -> Outcomes:
+        """Adds a figure per group of the figure `name`, called as the group is: SugarCrepe's seven splits."""
+        figure = self.figures[name]
+        figures = {
+            group: figure.subset([group == other for other in figure.groups or ()]) for group in figure.group_means()
+        }
+        return Outcomes(self.benchmark, {**self.figures, **figures})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

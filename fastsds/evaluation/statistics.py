@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 # 97.5 % quantiles of Student's t by degrees of freedom, of a two-sided 95 % interval.
 _T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _Z = 1.959964  # the normal's
@@ -52,3 +54,66 @@ def _t_quantile(freedom: int) -> float:
     # Cornish-Fisher expansion about the normal's quantile; right to 1e-3 from here on.
     first, second = (_Z**3 + _Z) / 4, (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96
     return _Z + first / freedom + second / freedom**2
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    groups: Sequence[str] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean (Efron, 1979), samples taken as independent.
+
+    Args:
+        values: one per sample: hits, or differences of two models' hits.
+        groups: the mean is that of the groups' means where given; samples are then resampled within their group.
+        resamples: how often the samples are drawn again, with replacement.
+        seed: of the draws; the same seed gives the same interval.
+
+    Raises:
+        ValueError: no values, another number of groups, or a confidence outside (0, 1).
+    """
+    if not values or (groups is not None and len(groups) != len(values)):
+        count = "none" if groups is None else len(groups)
+        raise ValueError(f"values: expected at least one, and groups for each, got {len(values)} and groups {count}")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(
+            f"confidence, resamples: expected one inside (0, 1) and at least 1, got {confidence} and {resamples}"
+        )
+    rng = np.random.default_rng(seed)
+    by_group: dict[str, list[float]] = {}
+    for group, value in zip([""] * len(values) if groups is None else groups, values, strict=True):
+        by_group.setdefault(group, []).append(value)
+    means = np.zeros(resamples)
+    for members in by_group.values():
+        # How often each distinct value is drawn says it all: a handful of numbers and not one per sample.
+        distinct, counts = np.unique(members, return_counts=True)
+        drawn = rng.multinomial(len(members), counts / len(members), size=resamples)
+        means += drawn @ distinct / len(members)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means / len(by_group), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def exact_mcnemar(gained: int, lost: int) -> float:
+    """Two-sided p-value of McNemar's exact test: are gains and losses equally likely?
+
+    The binomial test with 1/2 of the samples on which two models differ; 1 where they differ on none.
+
+    Args:
+        gained: samples that only the second model has right.
+        lost: samples that only the first model has right.
+
+    Raises:
+        ValueError: a negative count.
+    """
+    if gained < 0 or lost < 0:
+        raise ValueError(f"gained, lost: expected counts, got {gained} and {lost}")
+    trials = gained + lost
+    term = tail = 1  # binomial coefficients, exact
+    for successes in range(min(gained, lost)):
+        term = term * (trials - successes) // (successes + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**trials)

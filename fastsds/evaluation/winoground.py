@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from fastsds.data.captions import DataError
+from fastsds.evaluation.examples import ImageSource, TwoByTwo
+from fastsds.evaluation.records import check_images, read_rows
 from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
+
+HUB_ID = "facebook/winoground"
+_CAPTIONS: dict[str, type] = {"caption_0": str, "caption_1": str}
+_IMAGES = ("image_0", "image_1")
 
 
 @dataclass(frozen=True)
@@ -72,3 +81,70 @@ def winoground_similarity(
     image_features = encode_images(clip, images.flatten(0, 1)).unflatten(0, (-1, 2))
     text_features = encode_captions(clip, tokenizer, [caption for pair in captions for caption in pair])
     return torch.einsum("ecd,eid->eci", text_features.unflatten(0, (-1, 2)), image_features)
+
+
+def read_winoground(source: str | Path = HUB_ID) -> list[TwoByTwo]:
+    """Reads Winoground; the group is its `collapsed_tag` (Object, Relation, Both), or `tag` where that is absent.
+
+    Args:
+        source: a folder with `examples.jsonl` (or `data/examples.jsonl`) and `images/<name>.png`, as the gated data set
+            unpacks; or a folder or hub id that `datasets` loads, with image columns `image_0` and `image_1`.
+
+    Raises:
+        DataError: it cannot be read, is empty or not of the format, or images are absent.
+    """
+    for path in (Path(source, "examples.jsonl"), Path(source, "data", "examples.jsonl")):
+        if path.is_file():
+            return _read_unpacked(path, Path(source))
+    return _read_datasets(str(source))
+
+
+def _read_unpacked(path: Path, root: Path) -> list[TwoByTwo]:
+    rows = read_rows(path, {**_CAPTIONS, **dict.fromkeys(_IMAGES, str), "id": int})
+    folder = next((found for found in (path.parent / "images", root / "images") if found.is_dir()), path.parent)
+    pairs = [(folder / f"{row['image_0']}.png", folder / f"{row['image_1']}.png") for row in rows]
+    check_images([image for pair in pairs for image in pair], path)
+    return [_example(row, pair) for row, pair in zip(rows, pairs, strict=True)]
+
+
+def _read_datasets(source: str) -> list[TwoByTwo]:
+    if not Path(source).exists() and source.count("/") != 1:
+        raise DataError(
+            f"source: {source} does not exist; name the folder of examples.jsonl, or a hub id like {HUB_ID}"
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("source: install `fastsds[huggingface]` to read it with the datasets library") from error
+    try:
+        loaded = datasets.load_from_disk(source) if _is_saved(source) else datasets.load_dataset(source)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"source: datasets could not load {source} ({type(error).__name__}: {str(error).splitlines()[0]}); name a "
+            f"folder with examples.jsonl, or accept the data set's terms on the hub and log in with `hf auth login`"
+        ) from error
+    table = next(iter(loaded.values())) if isinstance(loaded, dict) else loaded
+    lacking = [name for name in (*_CAPTIONS, *_IMAGES) if name not in table.column_names]
+    if lacking:
+        raise DataError(f"source: {source} has no column {lacking[0]!r}; it has {', '.join(table.column_names)}")
+    if not len(table):
+        raise DataError(f"source: expected examples in {source}, got none")
+    for name in _IMAGES:  # decoded when looked at: all of them would not fit into memory
+        table = table.cast_column(name, datasets.Image(decode=False))
+    return [
+        _example({"id": number, **row}, (_content(row["image_0"]), _content(row["image_1"])))
+        for number, row in enumerate(table)
+    ]
+
+
+def _is_saved(source: str) -> bool:
+    return any(Path(source, name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _content(image: Mapping[str, Any]) -> ImageSource:
+    return Path(image["path"]) if image["bytes"] is None else image["bytes"]
+
+
+def _example(row: Mapping[str, Any], images: tuple[ImageSource, ImageSource]) -> TwoByTwo:
+    group = str(row.get("collapsed_tag") or row.get("tag") or "")
+    return TwoByTwo(str(row["id"]), images, (row["caption_0"], row["caption_1"]), group)

@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -20,8 +21,8 @@ def test_micro_is_over_samples_and_macro_over_groups():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (((), ()), r"hits: expected at least one, each in \[0, 1\], got 0"),
-        (((1, 2), ("a", "b")), r"hits: expected at least one, each in \[0, 1\], got 2: \(1, 2\)"),
+        (((), ()), "hits: expected at least one, each 0 or 1, got 0"),
+        (((1, 0.5), ("a", "b")), r"hits: expected at least one, each 0 or 1, got 2: \(1, 0.5\)"),
         (((1, 0), ("a",)), "keys: expected one for each of 2 hits, got 1"),
         (((1, 0), ("a", "b"), ("on",)), "groups: expected one for each of 2 hits, got 1"),
         (((1, 0), ("a", "a")), "keys: expected each once, got 'a' 2 times"),
@@ -30,6 +31,14 @@ def test_micro_is_over_samples_and_macro_over_groups():
 def test_wrong_figures_are_named(columns, message):
     with pytest.raises(ValueError, match=message):
         Figure(*columns)
+
+
+def test_groups_become_figures_of_their_own():
+    figure = Figure((1, 0, 1), ("a", "b", "c"), ("on", "on", "under"), 0.5)
+    outcomes = Outcomes("toy", {"accuracy": figure}).with_groups_of("accuracy")
+    assert list(outcomes.figures) == ["accuracy", "on", "under"]
+    assert outcomes.figures["on"] == Figure((1, 0), ("a", "b"), ("on", "on"), 0.5)
+    assert outcomes.figures["under"].keys == ("c",)
 
 
 def test_choices_know_their_chance_level():
@@ -74,6 +83,15 @@ def test_boxes_are_cut_out_and_padded_with_black():
     cut = CaptionChoice("a", image, ("x", "y"), 0, box=(2, 3, 12, 5)).load()
     assert cut.size == (10, 2)
     assert (cut.getpixel((0, 0)), cut.getpixel((9, 0))) == ((255, 0, 0), (0, 0, 0))
+
+
+def test_images_may_come_as_the_content_of_files():
+    content = io.BytesIO()
+    Image.new("P", (3, 2), 0).save(content, "PNG")
+    assert CaptionChoice("a", content.getvalue(), ("x", "y"), 0).load().mode == "RGB"
+    broken = TwoByTwo("7", (content.getvalue(), content.getvalue()[:20]), ("x", "y"))
+    with pytest.raises(DataError, match=r"image: that of '7' cannot be read"):
+        broken.load()
 
 
 @pytest.mark.parametrize(

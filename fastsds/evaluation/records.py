@@ -1,0 +1,75 @@
+"""What the readers of benchmark files share: JSON whose faults are named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastsds.data.captions import DataError
+
+_NAMED = 3  # culprits that a message names
+
+
+def read_json(path: Path) -> Any:
+    """The document in a JSON file, or the list of those in a `.jsonl` file.
+
+    Raises:
+        DataError: it is missing, not UTF-8 or not JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except OSError as error:
+        raise DataError(f"path: could not read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"path: {path} is not {path.suffix[1:].upper() or 'JSON'}: {error}") from error
+
+
+def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The rows of a JSON list of objects, or of a `.jsonl` file; see `check_row`.
+
+    Raises:
+        DataError: as `read_json`; no list, an empty one, or a row without one of the fields.
+    """
+    rows = read_json(path)
+    if not isinstance(rows, list) or not rows:
+        found = "an empty list" if isinstance(rows, list) else type(rows).__name__
+        raise DataError(f"path: expected a list of rows in {path}, got {found}")
+    for number, row in enumerate(rows, start=1):
+        check_row(row, fields, f"row {number} of {path}")
+    return rows
+
+
+def check_row(row: Any, fields: Mapping[str, type], where: str) -> None:
+    """Checks that `row` is an object that has every one of the fields, of its type.
+
+    Raises:
+        DataError: it names the place, the field and what is there.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"path: expected an object with {', '.join(fields)} in {where}, got {type(row).__name__}")
+    for name, kind in fields.items():
+        if name not in row:
+            raise DataError(f"path: {where} has no field {name!r}; it has {', '.join(map(str, row)) or 'none'}")
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
+            raise DataError(f"path: expected {name!r} of {where} to be {kind.__name__}, got {row[name]!r}")
+
+
+def check_images(paths: Sequence[Path], where: Path) -> None:
+    """Checks that the images that a file names are there.
+
+    Raises:
+        DataError: some are absent; the message counts them and names the first.
+    """
+    distinct = list(dict.fromkeys(paths))
+    absent = [str(path) for path in distinct if not path.is_file()]
+    if absent:
+        first = ", ".join(absent[:_NAMED]) + (", …" if len(absent) > _NAMED else "")
+        raise DataError(
+            f"images: {len(absent)} of the {len(distinct)} images of {where} are absent, first {first}; "
+            f"check the folder of the images"
+        )
