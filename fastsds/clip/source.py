@@ -20,6 +20,8 @@ from fastsds.clip.identity import activation_of
 
 Activation = Literal["auto", "gelu", "quickgelu"]
 _Kind = Literal["architecture", "open_clip", "transformers"]
+TOYWORLD = "toyworld"
+_SHIPPED = Path(__file__).parents[1] / "toyworld" / "weights" / "clip"
 IDENTITY_KEY = "clip_identity"
 """In the metadata of safetensors files: the `ClipIdentity` of the model that the tensors belong to, as JSON."""
 
@@ -40,7 +42,8 @@ class ClipSource:
     """A CLIP model by name, folder or hub id, with its own preprocessing and tokenizer."""
 
     name: str
-    """An open_clip architecture such as ViT-B-32, an open_clip or transformers folder, or a hub id (org/model)."""
+    """An open_clip architecture such as ViT-B-32, an open_clip or transformers folder, a hub id (org/model), or toyworld,
+    the small one that is shipped."""
     pretrained: str | None = None
     """Weights of an architecture: one of open_clip's tags, or a checkpoint file. Safetensors, or tensors alone."""
     activation: Activation = "auto"
@@ -94,7 +97,8 @@ class ClipSource:
         """As JSON; folders and files by their absolute paths, so that it can be read from elsewhere."""
         document: dict[str, Any] = asdict(self)
         for name, value in document.items():
-            if isinstance(value, Path) or (name in ("name", "pretrained") and value and Path(value).exists()):
+            place = name in ("name", "pretrained") and value not in (None, TOYWORLD) and Path(value).exists()
+            if isinstance(value, Path) or place:
                 document[name] = str(Path(value).absolute())
         return document
 
@@ -119,7 +123,8 @@ class ClipSource:
         """What kind of source it is, and the architecture, folder (`local-dir:…`) or hub id (`hf-hub:…`)."""
         import open_clip
 
-        schema, identifier = re.match(r"(local-dir:|hf-hub:)?(.*)", self.name, re.DOTALL).groups()  # type: ignore[union-attr]
+        name = f"local-dir:{_SHIPPED}" if self.name == TOYWORLD else self.name
+        schema, identifier = re.match(r"(local-dir:|hf-hub:)?(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
         architecture = self.name.replace("/", "-")
         if schema is None and architecture in open_clip.list_models():
             if self.pretrained is None:

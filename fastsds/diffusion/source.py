@@ -10,13 +10,16 @@ import torch
 
 from fastsds.diffusion.teacher import DiffusionTeacher
 
+TOYWORLD = "toyworld"
+_SHIPPED = Path(__file__).parents[1] / "toyworld" / "weights" / "teacher"
+
 
 @dataclass(frozen=True)
 class TeacherSource:
     """A text-to-image diffusion model and how to run it; also the option group of the commands that need one."""
 
     source: str
-    """A diffusers pipeline folder or hub id: Stable Diffusion 1.x, 2.x, SDXL or SD3."""
+    """A diffusers pipeline folder or hub id (Stable Diffusion 1.x, 2.x, SDXL or SD3), or toyworld, the shipped one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the weights, and of what the teacher computes in."""
     attention: Literal["torch", "xformers"] = "torch"
@@ -33,4 +36,5 @@ class TeacherSource:
             UnsupportedTeacherError: another kind of model.
             FileNotFoundError: a folder that is no diffusers pipeline.
         """
-        return DiffusionTeacher.from_pretrained(self.source, dtype=getattr(torch, self.dtype), device=device)
+        source = _SHIPPED if self.source == TOYWORLD else self.source
+        return DiffusionTeacher.from_pretrained(source, dtype=getattr(torch, self.dtype), device=device)
