@@ -42,8 +42,8 @@ class ClipSource:
     """A CLIP model by name, folder or hub id, with its own preprocessing and tokenizer."""
 
     name: str
-    """An open_clip architecture such as ViT-B-32, an open_clip or transformers folder, a hub id (org/model), or toyworld,
-    the small one that is shipped."""
+    """An open_clip architecture such as ViT-B-32, an open_clip or transformers folder, a hub id (org/model), or
+    toyworld, the small one that is shipped."""
     pretrained: str | None = None
     """Weights of an architecture: one of open_clip's tags, or a checkpoint file. Safetensors, or tensors alone."""
     activation: Activation = "auto"
