@@ -1,9 +1,11 @@
 """The loops, their checkpoints and their metrics."""
 
 from fastsds.training.checkpoint import CheckpointError
+from fastsds.training.config import TrainConfig, TrainResult
 from fastsds.training.distill import DistillConfig, DistillTrainer
 from fastsds.training.intcoop import IntCoOpConfig, IntCoOpTrainer
-from fastsds.training.trainer import NonFiniteLossError, TrainConfig, Trainer, TrainResult
+from fastsds.training.interrupt import TrainingInterrupted
+from fastsds.training.trainer import NonFiniteLossError, Trainer
 
 __all__ = [
     "CheckpointError",
@@ -15,4 +17,5 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "TrainingInterrupted",
 ]

@@ -141,14 +141,14 @@ def drop_old(root: Path, keep: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's global generators, as JSON."""
+    """The states of this process's global generators, Python's, NumPy's and PyTorch's, as JSON."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
     python_version, python_internal, python_gauss = random.getstate()
     return {
         "python": [python_version, list(python_internal), python_gauss],
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else [],
     }
 
 
@@ -160,7 +160,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([torch.tensor(one, dtype=torch.uint8) for one in state["cuda"]])
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fastsds.sdsclip.distiller import SDSDistiller
-from fastsds.training.trainer import Evaluate, TrainConfig, Trainer
+from fastsds.training.config import TrainConfig
+from fastsds.training.trainer import Evaluate, Trainer
 
 
 @dataclass(frozen=True)

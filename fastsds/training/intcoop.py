@@ -16,7 +16,8 @@ from fastsds.data.captions import DataError
 from fastsds.data.fewshot import FewShotDataset, sample_shots
 from fastsds.intcoop.model import IntCoOp
 from fastsds.intcoop.prompts import PromptedCLIP, PromptLosses
-from fastsds.training.trainer import Evaluate, TrainConfig, Trainer
+from fastsds.training.config import TrainConfig
+from fastsds.training.trainer import Evaluate, Trainer
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import skip_first_batches
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from fastsds.training import checkpoint
+from fastsds.training.config import TrainConfig, TrainResult
+from fastsds.training.interrupt import StopRequest, TrainingInterrupted
 from fastsds.training.metrics import MetricsLog
+from fastsds.training.processes import on_main_process, share_loader, start_accelerator
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -34,72 +38,19 @@ class Trainable(Protocol):
     def random_streams(self) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Options of a run."""
-
-    out: Path = Path("runs/fastsds")
-    """Folder of the run: checkpoints, metrics.jsonl, tensorboard. It must not exist, unless the run is resumed."""
-    lr: float = 5e-5
-    """Peak learning rate."""
-    epochs: int = 5
-    steps: int | None = None
-    """Optimizer steps in all, in place of `epochs`."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    decay_share: float = 1.0
-    """Share of the run, at its end, over which a cosine takes the learning rate to zero; the peak is held before."""
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Of AdamW; these are the ones that CLIP's own training uses."""
-    max_grad_norm: float | None = 1.0
-    """Norm that gradients are clipped to; None leaves them."""
-    accumulation: int = 1
-    """Batches per optimizer step. The contrastive loss sees one batch at a time."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    save_every: int | None = None
-    """Steps between checkpoints; at the end of every epoch by default, and always at the end."""
-    keep_checkpoints: int = 3
-    evaluate_every: int | None = None
-    """Steps between evaluations; only at the end by default."""
-    log_every: int = 10
-    """Steps between writes of the metrics, which is when the device is waited for."""
-    tensorboard: bool = True
-    progress: bool = True
-    seed: int = 0
-    """Of the order of the data; the loss's noise has its own."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.decay_share <= 1:
-            raise ValueError(f"decay_share: expected a share in (0, 1], got {self.decay_share!r}")
-        positive = ("lr", "epochs", "accumulation", "keep_checkpoints", "log_every")
-        optional = ("steps", "save_every", "evaluate_every", "max_grad_norm")
-        for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    step: int
-    checkpoint: Path
-    """The last one."""
-    evaluation: dict[str, float]
-    """The last evaluation; empty without one."""
-
-
 class Trainer:
     """Trains the parameters that a module says are trained.
 
+    Started in several processes (`accelerate launch --multi_gpu`, `torchrun`), it gives the numbers of one: a batch of
+    the loader is split over them, losses and gradients are means over all. The main process alone writes.
+
     Args:
         module: `forward(**batch)` gives an output (a NamedTuple) whose scalars are logged and whose `loss` is
-            differentiated.
+            differentiated; each a mean over the rows of the batch.
         loader: batches are mappings of `forward`'s argument names. A random sampler is reseeded by epoch, so that a
-            resumed run sees the same order.
+            resumed run sees the same order. With several processes every batch has a multiple of their number of rows.
         config: of the run.
-        evaluate: called with the module in evaluation mode; its figures are logged.
+        evaluate: called with the module in evaluation mode, in every process; its figures are logged.
     """
 
     def __init__(
@@ -112,29 +63,22 @@ class Trainer:
         self.module = module
         self.config = config
         self.evaluate = evaluate
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.accumulation,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-            step_scheduler_with_optimizer=False,
-        )
-        if not isinstance(loader, DataLoader):
-            raise TypeError(f"loader: expected a torch.utils.data.DataLoader, got {type(loader).__name__}")
-        trained = self._trainable.trained_parameters()
-        if not trained:
+        self.accelerator = start_accelerator(config.mixed_precision, config.accumulation)
+        self._loader = share_loader(loader, self.accelerator, config.seed)
+        self._trained = self._trainable.trained_parameters()
+        if not self._trained:
             raise ValueError("module: expected parameters to train, got none")
         optimizer = torch.optim.AdamW(
-            trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self._trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
-        self._model, self._optimizer, self._loader = self.accelerator.prepare(module, optimizer, loader)
-        batches = len(self._loader)
-        if batches == 0:
-            raise ValueError("loader: expected at least one batch, got none (is the data smaller than one batch?)")
-        self.steps_per_epoch = math.ceil(batches / config.accumulation)
+        self._model, self._optimizer = self.accelerator.prepare(module, optimizer)
+        self.steps_per_epoch = math.ceil(len(self._loader) / config.accumulation)
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
         self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         self._step = 0
-        self._pending: list[tuple[int, dict[str, Tensor], float]] = []
+        self._saved: Path | None = None
+        self._columns: tuple[str, ...] = ()
+        self._pending: list[tuple[int, Tensor, float]] = []
         self._resumed_random: dict[str, Any] | None = None
 
     @property
@@ -156,59 +100,51 @@ class Trainer:
             FileExistsError: the run's folder exists and `resume` is not set.
             NonFiniteLossError: a loss or gradient was NaN or infinite; nothing is written after the step before it.
             CheckpointError: a checkpoint could not be written or does not fit.
+            TrainingInterrupted: SIGINT or SIGTERM came; the run was saved after the step and can be resumed.
         """
-        last = checkpoint.latest_checkpoint(self.checkpoints) if resume else None
-        if (
-            not resume
-            and self.accelerator.is_main_process
-            and self.config.out.exists()
-            and any(self.config.out.iterdir())
-        ):
-            raise FileExistsError(
-                f"out: {self.config.out} exists and is not empty; resume the run in it, or name another folder"
-            )
-        self.accelerator.wait_for_everyone()
-        self.config.out.mkdir(parents=True, exist_ok=True)
-        if last is not None:
-            self._restore(last)
+        self._saved = on_main_process(self.accelerator, lambda: self._enter_folder(resume))
+        if self._saved is not None:
+            self._restore(self._saved)
         evaluation: dict[str, float] = {}
-        with (
-            MetricsLog(self._process_folder(), self._step, tensorboard=self.config.tensorboard) as log,
-            tqdm(
-                total=self.total_steps, initial=self._step, unit="step", desc=self.config.out.name,
-                disable=not (self.config.progress and self.accelerator.is_main_process),
-            ) as bar,
-        ):  # fmt: skip
+        with ExitStack() as stack:
+            log = stack.enter_context(self._open_log()) if self.accelerator.is_main_process else None
+            bar = stack.enter_context(self._open_bar())
+            stop = stack.enter_context(StopRequest())
             while self._step < self.total_steps:
                 before = self._step
                 for _ in self._epoch(log, bar):
+                    last = self._step == self.total_steps
                     due = self.config.evaluate_every
-                    if self.evaluate is not None and (
-                        (due and self._step % due == 0) or self._step == self.total_steps
-                    ):
+                    if self.evaluate is not None and (last or (due and self._step % due == 0)):
                         self._flush(log, bar)
                         evaluation = self._evaluate()
-                        log.write(self._step, "evaluation", evaluation)
-                    if self._save_due():
+                        if log is not None:
+                            log.write(self._step, "evaluation", evaluation)
+                    stopped = not last and stop.agreed()
+                    if stopped or self._save_due():
                         self._flush(log, bar)
-                        self._save()
-                    if self._step >= self.total_steps:
+                        saved = self._saved = self._save()
+                    if stopped:
+                        raise TrainingInterrupted(self._step, self.total_steps, saved)
+                    if last:
                         break
                 if self._step == before:
                     raise ValueError("loader: expected to give its batches anew every epoch, got none this time")
             self._flush(log, bar)
-        final = checkpoint.latest_checkpoint(self.checkpoints)
-        assert final is not None
-        return TrainResult(self._step, final, evaluation)
+        assert self._saved is not None
+        return TrainResult(self._step, self._saved, evaluation)
 
-    def _epoch(self, log: MetricsLog, bar: Any) -> Iterable[int]:
+    def _epoch(self, log: MetricsLog | None, bar: Any) -> Iterable[int]:
         """Runs the rest of the epoch that the current step lies in, yielding after every optimizer step."""
         epoch, done = divmod(self._step, self.steps_per_epoch)
-        if hasattr(self._loader, "set_epoch"):
-            self._loader.set_epoch(epoch)
+        self._loader.set_epoch(epoch)
+        if hasattr(self._loader.dataset, "set_epoch"):  # accelerate tells the data of it in a single process only
+            self._loader.dataset.set_epoch(epoch)
         loader = skip_first_batches(self._loader, done * self.config.accumulation) if done else self._loader
+        parameters = list(self._trained.values())
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         self._model.train()
-        parts: list[dict[str, Tensor]] = []
+        parts: list[Tensor] = []
         for batch in loader:
             if self._resumed_random is not None:
                 # Not earlier: the loader's iterator draws from the generators, and drew before the checkpoint.
@@ -217,50 +153,48 @@ class Trainer:
             with self.accelerator.accumulate(self._model):
                 output = self._model(**batch)
                 self.accelerator.backward(output.loss)
-                grad_norm: Any = 0.0
                 if self.accelerator.sync_gradients:
-                    limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-                    grad_norm = self.accelerator.clip_grad_norm_(
-                        list(self._trainable.trained_parameters().values()), limit
-                    )
+                    grad_norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit)).float()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-            parts.append({name: value.detach() for name, value in output._asdict().items()})
+            parts.append(torch.stack([value.detach().float() for value in output]))
             if not self.accelerator.sync_gradients:
                 continue
             lr = float(self._optimizer.param_groups[0]["lr"])
             self._schedule.step()
             self._step += 1
-            values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-            values["grad_norm"] = torch.as_tensor(grad_norm)
-            self._pending.append((self._step, values, lr))
+            self._columns = (*output._fields, "grad_norm")
+            losses = parts[0] if len(parts) == 1 else torch.stack(parts).mean(dim=0)
+            self._pending.append((self._step, torch.cat([losses, grad_norm.reshape(1)]), lr))
             parts = []
             if self._step % self.config.log_every == 0:
                 self._flush(log, bar)
             bar.update()
             yield self._step
-            self._model.train()
 
-    def _flush(self, log: MetricsLog, bar: Any) -> None:
+    def _flush(self, log: MetricsLog | None, bar: Any) -> None:
         """Waits for the device and writes the pending steps down; stops the run at the first that is not finite."""
         pending, self._pending = self._pending, []
-        for step, values, lr in pending:
-            numbers = {name: float(value) for name, value in values.items()}
+        if not pending:
+            return
+        table = self.accelerator.reduce(torch.stack([values for _, values, _ in pending]), "mean").tolist()
+        for (step, _, lr), row in zip(pending, table, strict=True):
+            numbers = dict(zip(self._columns, row, strict=True))
             # A gradient scaler skips the steps whose gradients overflow; without one they ruin the parameters.
             scaled = self.accelerator.scaler is not None
             bad = [name for name in numbers if not math.isfinite(numbers[name])]
             losses = [name for name in bad if name != "grad_norm"]
             if losses or (bad and not scaled):
-                good = checkpoint.latest_checkpoint(self.checkpoints)
                 raise NonFiniteLossError(
                     f"the loss is {numbers['loss']} at step {step} (not finite: {', '.join(losses or bad)}); training "
-                    f"stopped. The last good checkpoint is {good or 'none'}; resume from it with a lower learning "
-                    f"rate, or in bf16 or float32 in place of fp16"
+                    f"stopped. The last good checkpoint is {self._saved or 'none'}; resume from it with a lower "
+                    f"learning rate, or in bf16 or float32 in place of fp16"
                 )
-            log.write(step, "train", {**numbers, "lr": lr})
-        if pending:
-            bar.set_postfix(loss=f"{float(pending[-1][1]['loss']):.4f}")
-        log.flush()
+            if log is not None:
+                log.write(step, "train", {**numbers, "lr": lr})
+        bar.set_postfix(loss=f"{numbers['loss']:.4f}")
+        if log is not None:
+            log.flush()
 
     def _lr_factor(self, step: int) -> float:
         warmup = self.config.warmup_steps
@@ -274,28 +208,50 @@ class Trainer:
         assert self.evaluate is not None
         self.module.eval()
         with torch.no_grad():
-            return dict(self.evaluate(self.module))
+            figures = dict(self.evaluate(self.module))
+        self._model.train()
+        return figures
+
+    def _enter_folder(self, resume: bool) -> Path | None:
+        """Makes the run's folder and gives the checkpoint to start from."""
+        out = self.config.out
+        # The command line leaves its options there before the run.
+        if not resume and out.exists() and any(path.name != "config.yaml" for path in out.iterdir()):
+            raise FileExistsError(f"out: {out} exists and is not empty; resume the run in it, or name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        return checkpoint.latest_checkpoint(self.checkpoints) if resume else None
+
+    def _open_log(self) -> MetricsLog:
+        return MetricsLog(self.config.out, self._step, tensorboard=self.config.tensorboard)
+
+    def _open_bar(self) -> Any:
+        hidden = not (self.config.progress and self.accelerator.is_main_process)
+        return tqdm(total=self.total_steps, initial=self._step, unit="step", desc=self.config.out.name, disable=hidden)
 
     def _save_due(self) -> bool:
         every = self.config.save_every or self.steps_per_epoch
         return self._step % every == 0 or self._step == self.total_steps
 
-    def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        streams = {name: _to_json(stream.state_dict()) for name, stream in self._trainable.random_streams().items()}
+    def _save(self) -> Path:
         state = {
             "step": self._step,
             "total_steps": self.total_steps,
             "model": self._trainable.identity(),
             "config": {name: _plain(value) for name, value in dataclasses.asdict(self.config).items()},
-            "random": checkpoint.random_state(),
-            "random_streams": streams,
+            "random": gather_object([checkpoint.random_state()]),
+            "random_streams": {
+                name: _to_json(stream.state_dict()) for name, stream in self._trainable.random_streams().items()
+            },
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
-        folder = checkpoint.checkpoint_folder(self.checkpoints, self._step)
-        checkpoint.save_checkpoint(folder, dict(self._trainable.trained_parameters()), self._optimizer.optimizer, state)
-        checkpoint.drop_old(self.checkpoints, self.config.keep_checkpoints)
+
+        def write() -> Path:
+            folder = checkpoint.checkpoint_folder(self.checkpoints, self._step)
+            checkpoint.save_checkpoint(folder, dict(self._trained), self._optimizer.optimizer, state)
+            checkpoint.drop_old(self.checkpoints, self.config.keep_checkpoints)
+            return folder
+
+        return on_main_process(self.accelerator, write)
 
     def _restore(self, folder: Path) -> None:
         state = checkpoint.load_state(folder)
@@ -305,29 +261,23 @@ class Trainer:
                 f"{folder}: it belongs to a run of {state['total_steps']} steps and this one has {self.total_steps}; "
                 f"the learning rate would not continue. Resume with the data and options of that run"
             )
-        checkpoint.load_tensors(folder, dict(self._trainable.trained_parameters()))
+        checkpoint.load_tensors(folder, dict(self._trained))
         checkpoint.load_optimizer(folder, self._optimizer.optimizer, state)
         self._step = state["step"]
         self._schedule.last_epoch = self._step
         # Of this run's configuration, which may ask for a lower rate than the checkpoint's.
         for group, rate in zip(self._optimizer.param_groups, self._schedule.base_lrs, strict=True):
             group["lr"] = rate * self._lr_factor(self._step)
-        if self._step % self.steps_per_epoch:
-            self._resumed_random = state["random"]
-        else:
-            checkpoint.set_random_state(state["random"])
+        # A process that the saved run did not have starts its own.
+        for random in state["random"][self.accelerator.process_index :][:1]:
+            if self._step % self.steps_per_epoch:
+                self._resumed_random = random
+            else:
+                checkpoint.set_random_state(random)
         for name, stream in self._trainable.random_streams().items():
             stream.load_state_dict(_from_json(state["random_streams"][name]))
         if state["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def _process_folder(self) -> Path:
-        """Only the main process writes into the run's folder itself."""
-        if self.accelerator.is_main_process:
-            return self.config.out
-        folder = self.config.out / f"process-{self.accelerator.process_index}"
-        folder.mkdir(exist_ok=True)
-        return folder
 
 
 def _to_json(state: dict[str, Tensor]) -> dict[str, list[int]]:
