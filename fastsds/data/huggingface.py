@@ -72,7 +72,7 @@ def read_huggingface(
         DataError: `datasets` is not installed, data that cannot be loaded, an unknown split or column (the message
             lists those there are), a column of another kind, or no rows.
     """
-    table = _load(path, split)
+    table = load_table(path, split)
     columns = table.column_names
     if caption_column is None:
         caption_column = next((name for name in CAPTION_COLUMNS if name in columns), CAPTION_COLUMNS[0])
@@ -81,21 +81,21 @@ def read_huggingface(
             raise DataError(f"{name}: {path} has no column {column!r}; it has {columns}")
     if not len(table):
         raise DataError(f"path: expected rows in {path}, got none")
-    captions = [
-        _captions(value, caption_column, path) for value in table.select_columns(caption_column)[caption_column]
-    ]
-    images = table.select_columns(image_column)
-    if type(images.features[image_column]).__name__ == "Image":
-        from datasets import Image
-
-        images = images.cast_column(image_column, Image(decode=False))
+    texts = table.select_columns(caption_column)[caption_column]
+    captions = [_captions(value, caption_column, path) for value in texts]
+    images = encoded_images(table, image_column)
     value = images[0][image_column]
     if not isinstance(value, (bytes, str, dict)):
         raise DataError(f"image_column: expected images in {image_column!r} of {path}, got {type(value).__name__}")
     return Pairs(TableImages(images, image_column), captions)
 
 
-def _load(path: str, split: str) -> Any:
+def load_table(path: str, split: str) -> Any:
+    """The `datasets.Dataset` of a split.
+
+    Raises:
+        DataError: `datasets` is not installed, data that cannot be loaded, or an unknown split.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -116,6 +116,16 @@ def _load(path: str, split: str) -> Any:
             raise DataError(f"split: {path} has no split {split!r}; it has {list(table)}")
         return table[split]
     return table
+
+
+def encoded_images(table: Any, column: str) -> Any:
+    """The column alone, its images not decoded, for `TableImages`."""
+    images = table.select_columns(column)
+    if type(images.features[column]).__name__ != "Image":
+        return images
+    from datasets import Image
+
+    return images.cast_column(column, Image(decode=False))
 
 
 def _captions(value: Any, column: str, path: str) -> list[str]:

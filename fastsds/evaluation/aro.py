@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from fastsds.data.captions import DataError
+from fastsds.data.files import DataError
 from fastsds.evaluation.examples import CaptionChoice
 from fastsds.evaluation.outcomes import Outcomes
 from fastsds.evaluation.records import check_images, read_rows

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastsds.data.files import first_names
 from fastsds.evaluation.outcomes import Figure, Outcomes
 from fastsds.evaluation.statistics import bootstrap_interval, exact_mcnemar
-
-_NAMED = 3  # culprits that a message names
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def _check_same(name: str, before: tuple[str, ...], after: tuple[str, ...]) -> N
         return
 
     def tell(keys: list[str]) -> str:
-        return f"{len(keys)}" + (f" ({', '.join(keys[:_NAMED])}{', …' if len(keys) > _NAMED else ''})" if keys else "")
+        return f"{len(keys)} ({first_names(keys)})" if keys else "none"
 
     raise ValueError(
         f"keys: expected the same samples of {name} in both, only the first has {tell(only_before)} and only the "

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
-from fastsds.data.captions import DataError, open_image
-
-ImageSource = Path | bytes | Image.Image
-"""An image file, the content of one, or an image."""
+from fastsds.data.files import DataError
+from fastsds.data.images import ImageSource, open_image
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class CaptionChoice:
         Raises:
             DataError: it does not exist or cannot be decoded.
         """
-        image = load_image(self.image, self.key)
+        image = open_image(self.image)
         return image if self.box is None else image.crop(self.box)
 
 
@@ -73,25 +69,10 @@ class TwoByTwo:
             DataError: one does not exist or cannot be decoded.
         """
         first, second = self.images
-        return load_image(first, self.key), load_image(second, self.key)
+        return open_image(first), open_image(second)
 
 
 def groups_of(examples: Sequence[CaptionChoice] | Sequence[TwoByTwo]) -> tuple[str, ...] | None:
     """The examples' groups, or None where no example names one."""
     groups = tuple(example.group for example in examples)
     return groups if any(groups) else None
-
-
-def load_image(image: ImageSource, key: str) -> Image.Image:
-    """The image of the sample `key`, in RGB.
-
-    Raises:
-        DataError: it does not exist or cannot be decoded.
-    """
-    if not isinstance(image, bytes):
-        return open_image(image)
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return opened.convert("RGB")
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-        raise DataError(f"image: that of {key!r} cannot be read ({error}); replace it or take its row out") from error

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from fastsds.data.captions import DataError
-from fastsds.evaluation.examples import CaptionChoice, TwoByTwo, load_image
+from fastsds.data.images import open_image
+from fastsds.evaluation.examples import CaptionChoice, TwoByTwo
 from fastsds.evaluation.outcomes import Outcomes, choice_outcomes, pairing_outcomes
 from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
 from fastsds.evaluation.winoground import prefers_own_caption
@@ -96,13 +96,10 @@ class ClipJudge:
         on_gpu = next(self.clip.parameters()).device.type == "cuda"
         loader = DataLoader(dataset, self.batch_size, num_workers=self.workers, pin_memory=on_gpu)
         features, labels = [], []
-        try:
-            for batch in tqdm(loader, desc="images", unit="batch", disable=None, leave=False):
-                features.append(encode_images(self.clip, batch["images"], self.batch_size))
-                if "labels" in batch:
-                    labels.append(batch["labels"])
-        except DataError as error:  # a worker's comes with its traceback as text before it
-            raise DataError(str(error).strip().rsplit(f"{DataError.__name__}: ", 1)[-1]) from error
+        for batch in tqdm(loader, desc="images", unit="batch", disable=None, leave=False):
+            features.append(encode_images(self.clip, batch["images"], self.batch_size))
+            if "labels" in batch:
+                labels.append(batch["labels"])
         return torch.cat(features), torch.cat(labels) if labels else None
 
 
@@ -159,9 +156,7 @@ class Pictures(Sequence[Image.Image]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         example = self.examples[index // self._each]
-        return (
-            example.load() if isinstance(example, CaptionChoice) else load_image(example.images[index % 2], example.key)
-        )
+        return example.load() if isinstance(example, CaptionChoice) else open_image(example.images[index % 2])
 
 
 class _Preprocessed(Dataset[dict[str, Any]]):

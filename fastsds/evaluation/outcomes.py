@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from fastsds.data.captions import DataError
+from fastsds.data.files import DataError
 from fastsds.evaluation.examples import CaptionChoice, TwoByTwo, groups_of
 
 OUTCOMES_FILE = "outcomes.json"

@@ -7,35 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsds.data.captions import DataError
-
-_NAMED = 3  # culprits that a message names
-
-
-def read_json(path: Path) -> Any:
-    """The document in a JSON file, or the list of those in a `.jsonl` file.
-
-    Raises:
-        DataError: it is missing, not UTF-8 or not JSON.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
-    except OSError as error:
-        raise DataError(f"path: could not read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"path: {path} is not {path.suffix[1:].upper() or 'JSON'}: {error}") from error
+from fastsds.data.files import DataError, first_names, read_json
 
 
 def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     """The rows of a JSON list of objects, or of a `.jsonl` file; see `check_row`.
 
     Raises:
-        DataError: as `read_json`; no list, an empty one, or a row without one of the fields.
+        DataError: a file that cannot be read or is not JSON, no list, an empty one, or a row without one of the fields.
     """
-    rows = read_json(path)
+    rows = _read_lines(path) if path.suffix == ".jsonl" else read_json(path)
     if not isinstance(rows, list) or not rows:
         found = "an empty list" if isinstance(rows, list) else type(rows).__name__
         raise DataError(f"path: expected a list of rows in {path}, got {found}")
@@ -68,8 +49,16 @@ def check_images(paths: Sequence[Path], where: Path) -> None:
     distinct = list(dict.fromkeys(paths))
     absent = [str(path) for path in distinct if not path.is_file()]
     if absent:
-        first = ", ".join(absent[:_NAMED]) + (", …" if len(absent) > _NAMED else "")
         raise DataError(
-            f"images: {len(absent)} of the {len(distinct)} images of {where} are absent, first {first}; "
+            f"images: {len(absent)} of the {len(distinct)} images of {where} are absent, first {first_names(absent)}; "
             f"check the folder of the images"
         )
+
+
+def _read_lines(path: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"path: could not read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"path: {path} is not JSON line by line: {error}") from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastsds.data.captions import DataError
+from fastsds.data.files import DataError, read_json
 from fastsds.evaluation.examples import CaptionChoice
-from fastsds.evaluation.records import check_images, check_row, read_json
+from fastsds.evaluation.records import check_images, check_row
 
 SPLITS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 

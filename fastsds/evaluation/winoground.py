@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fastsds.data.captions import DataError
-from fastsds.evaluation.examples import ImageSource, TwoByTwo
+from fastsds.data.files import DataError
+from fastsds.data.huggingface import TableImages, encoded_images, load_table
+from fastsds.data.images import ImageSource
+from fastsds.evaluation.examples import TwoByTwo
 from fastsds.evaluation.records import check_images, read_rows
 from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
 
@@ -96,7 +98,7 @@ def read_winoground(source: str | Path = HUB_ID) -> list[TwoByTwo]:
     for path in (Path(source, "examples.jsonl"), Path(source, "data", "examples.jsonl")):
         if path.is_file():
             return _read_unpacked(path, Path(source))
-    return _read_datasets(str(source))
+    return _read_table(str(source))
 
 
 def _read_unpacked(path: Path, root: Path) -> list[TwoByTwo]:
@@ -107,42 +109,26 @@ def _read_unpacked(path: Path, root: Path) -> list[TwoByTwo]:
     return [_example(row, pair) for row, pair in zip(rows, pairs, strict=True)]
 
 
-def _read_datasets(source: str) -> list[TwoByTwo]:
+def _read_table(source: str) -> list[TwoByTwo]:
     if not Path(source).exists() and source.count("/") != 1:
         raise DataError(
             f"source: {source} does not exist; name the folder of examples.jsonl, or a hub id like {HUB_ID}"
         )
     try:
-        import datasets
-    except ImportError as error:
-        raise DataError("source: install `fastsds[huggingface]` to read it with the datasets library") from error
-    try:
-        loaded = datasets.load_from_disk(source) if _is_saved(source) else datasets.load_dataset(source)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        table = load_table(source, "test")
+    except DataError as error:
         raise DataError(
-            f"source: datasets could not load {source} ({type(error).__name__}: {str(error).splitlines()[0]}); name a "
-            f"folder with examples.jsonl, or accept the data set's terms on the hub and log in with `hf auth login`"
+            f"{error}; name a folder with examples.jsonl, or accept the data set's terms on the hub and log in with "
+            f"`hf auth login`"
         ) from error
-    table = next(iter(loaded.values())) if isinstance(loaded, dict) else loaded
     lacking = [name for name in (*_CAPTIONS, *_IMAGES) if name not in table.column_names]
     if lacking:
-        raise DataError(f"source: {source} has no column {lacking[0]!r}; it has {', '.join(table.column_names)}")
+        raise DataError(f"source: {source} has no column {lacking[0]!r}; it has {table.column_names}")
     if not len(table):
         raise DataError(f"source: expected examples in {source}, got none")
-    for name in _IMAGES:  # decoded when looked at: all of them would not fit into memory
-        table = table.cast_column(name, datasets.Image(decode=False))
-    return [
-        _example({"id": number, **row}, (_content(row["image_0"]), _content(row["image_1"])))
-        for number, row in enumerate(table)
-    ]
-
-
-def _is_saved(source: str) -> bool:
-    return any(Path(source, name).is_file() for name in ("dataset_dict.json", "state.json"))
-
-
-def _content(image: Mapping[str, Any]) -> ImageSource:
-    return Path(image["path"]) if image["bytes"] is None else image["bytes"]
+    first, second = (TableImages(encoded_images(table, name), name) for name in _IMAGES)
+    rows = table.remove_columns(list(_IMAGES))
+    return [_example({"id": number, **row}, (first[number], second[number])) for number, row in enumerate(rows)]
 
 
 def _example(row: Mapping[str, Any], images: tuple[ImageSource, ImageSource]) -> TwoByTwo:

@@ -1,11 +1,10 @@
-import io
 import json
 
 import pytest
 import torch
 from PIL import Image
 
-from fastsds.data.captions import DataError
+from fastsds.data import DataError
 from fastsds.evaluation.examples import CaptionChoice, TwoByTwo
 from fastsds.evaluation.outcomes import Figure, Outcomes, choice_outcomes, pairing_outcomes, read_outcomes
 
@@ -83,15 +82,6 @@ def test_boxes_are_cut_out_and_padded_with_black():
     cut = CaptionChoice("a", image, ("x", "y"), 0, box=(2, 3, 12, 5)).load()
     assert cut.size == (10, 2)
     assert (cut.getpixel((0, 0)), cut.getpixel((9, 0))) == ((255, 0, 0), (0, 0, 0))
-
-
-def test_images_may_come_as_the_content_of_files():
-    content = io.BytesIO()
-    Image.new("P", (3, 2), 0).save(content, "PNG")
-    assert CaptionChoice("a", content.getvalue(), ("x", "y"), 0).load().mode == "RGB"
-    broken = TwoByTwo("7", (content.getvalue(), content.getvalue()[:20]), ("x", "y"))
-    with pytest.raises(DataError, match=r"image: that of '7' cannot be read"):
-        broken.load()
 
 
 @pytest.mark.parametrize(
