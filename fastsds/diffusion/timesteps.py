@@ -11,31 +11,34 @@ from torch import Tensor
 class SeedStream:
     """Fresh seeds for the ops, drawn on a device from a `torch.Generator`.
 
-    The state is part of a checkpoint: a resumed run draws the seeds that the killed one would have drawn.
+    The state is part of a checkpoint: a resumed run draws the seeds that the killed one would have drawn. Devices of
+    one kind draw the same seeds, so that processes on a GPU each share them, and go on from the state of any.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._resumed: dict[str, Tensor] = {}
 
     def next(self, device: torch.device) -> Int[Tensor, ""]:
         """One int64 on `device`, not yet drawn before."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            if device.type in self._resumed:
+                self._generators[device].set_state(self._resumed[device.type])
         return torch.randint(2**63 - 1, (), generator=self._generators[device], device=device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generators' states by device name, each as bytes; those not used yet follow from the seed."""
-        states = {str(device): generator.get_state() for device, generator in self._generators.items()}
+        """The generators' states by kind of device, each as bytes; those not used yet follow from the seed."""
+        states = self._resumed | {device.type: generator.get_state() for device, generator in self._generators.items()}
         return {"seed": torch.tensor(list(self._seed.to_bytes(8, "little", signed=True)), dtype=torch.uint8), **states}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Goes on where `state_dict` was taken."""
         states = dict(state)
         self._seed = int.from_bytes(bytes(states.pop("seed").tolist()), "little", signed=True)
-        self._generators = {torch.device(name): torch.Generator(name) for name in states}
-        for device, generator in self._generators.items():
-            generator.set_state(state[str(device)].cpu())
+        self._generators = {}
+        self._resumed = {kind: generator_state.cpu() for kind, generator_state in states.items()}
 
 
 class TimestepSampler:

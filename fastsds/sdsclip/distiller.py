@@ -199,16 +199,24 @@ class SDSDistiller(nn.Module):
             judged = ("image", "text") if self.sds_on == "both" else (self.sds_on,)
             sds = sum((self._judge(embeddings[side], captions, seed) for side in judged), zero) / len(judged)
         ranking = zero
-        if self.ranking_weight and (candidate_rows is None or len(candidate_rows)):
-            if candidate_tokens is None:
+        if self.ranking_weight:
+            # Drawn without candidates too, so that processes whose batches differ in them keep one stream.
+            scorer_seed = None if self.scorer is None else self.seeds.next(images.device)
+            ranked = image_features if candidate_rows is None else image_features[candidate_rows]
+            if len(ranked) == 0:
+                features, targets = ranked.new_zeros(0, 1, ranked.shape[1]), ranked.new_zeros(0, 1)
+            elif candidate_tokens is None:
                 raise ValueError(
                     "candidate_tokens: expected in every batch, because ranking_weight is above 0, got None"
                 )
-            batch, candidates = candidate_tokens.shape[:2]
-            features = self.clip.encode_text(candidate_tokens.flatten(0, 1), normalize=True)  # type: ignore[operator]
-            targets = self._targets(candidates, candidate_scores, candidate_labels, candidate_captions, latents)
-            ranked = image_features if candidate_rows is None else image_features[candidate_rows]
-            ranking = ranking_loss(ranked, features.view(batch, candidates, -1), logit_scale, targets)
+            else:
+                batch, candidates = candidate_tokens.shape[:2]
+                features = self.clip.encode_text(candidate_tokens.flatten(0, 1), normalize=True)  # type: ignore[operator]
+                features = features.view(batch, candidates, -1)
+                targets = self._targets(
+                    candidates, candidate_scores, candidate_labels, candidate_captions, latents, scorer_seed
+                )
+            ranking = ranking_loss(ranked, features, logit_scale, targets)
         loss = contrastive + self.sds_weight * sds + self.ranking_weight * ranking
         return DistillOutput(loss, contrastive, sds, ranking)
 
@@ -251,6 +259,7 @@ class SDSDistiller(nn.Module):
         labels: Tensor | None,
         captions: Sequence[Sequence[str]] | None,
         latents: Tensor | None,
+        seed: Tensor | None,
     ) -> Tensor:
         if (scores is not None) + (labels is not None) + (captions is not None) != 1:
             raise ValueError(
@@ -260,9 +269,11 @@ class SDSDistiller(nn.Module):
         if labels is not None:
             return hard_targets(labels, candidates)
         if captions is not None:
-            if self.scorer is None or latents is None:
+            if self.scorer is None or seed is None or latents is None:
                 raise ValueError("candidate_captions: scoring them now needs latents in the batch and a scorer")
-            scores = self.scorer.score_latents(latents, captions, seed=self.seeds.next(latents.device))
+            if dist.is_initialized():
+                seed = seed + dist.get_rank()  # noise of its own for every process's images
+            scores = self.scorer.score_latents(latents, captions, seed=seed)
         assert scores is not None
         return soft_targets(scores, self.ranking_temperature)
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -40,10 +41,16 @@ def ranking_loss(
 ) -> Float[Tensor, ""]:
     """KL divergence of CLIP's distribution over an image's candidates from the targets, averaged over images.
 
-    Features are normalised. The divergence is 0 where CLIP agrees, so its value can be read.
+    Features are normalised. The divergence is 0 where CLIP agrees, so its value can be read. Processes may bring
+    unequally many images, or none: the mean of what they get is the mean over all their images.
     """
     logits = logit_scale * torch.einsum("nd,nkd->nk", image_features, candidate_features)
-    return F.kl_div(logits.log_softmax(dim=1), targets.to(logits.dtype), reduction="batchmean")
+    total = F.kl_div(logits.log_softmax(dim=1), targets.to(logits.dtype), reduction="sum")
+    count, processes = torch.full((), len(logits), device=logits.device), 1
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        processes = dist.get_world_size()
+    return total * processes / count.clamp(min=1)
 
 
 def swap_phrases(caption: str, connectives: Sequence[str] = CONNECTIVES) -> str | None:

@@ -80,6 +80,19 @@ def test_a_state_taken_before_the_first_draw_carries_the_seed() -> None:
     assert other.next(device) != SeedStream(-7).next(device)
 
 
+def test_a_state_goes_on_from_on_every_device_of_its_kind() -> None:
+    """What a process on another GPU does with the state that the main process saved."""
+    first, other = torch.device("cpu", 0), torch.device("cpu", 1)
+    stream = SeedStream(3)
+    for _ in range(4):
+        stream.next(first)
+    resumed = SeedStream(8)
+    resumed.load_state_dict(stream.state_dict())
+    again = SeedStream(9)
+    again.load_state_dict(resumed.state_dict())  # saved before it drew
+    assert int(resumed.next(other)) == int(again.next(CPU)) == int(stream.next(first))
+
+
 TIMESTEPS, T_RANGE = 200, (20, 180)
 SCHEDULE = NoiseSchedule(torch.ones(TIMESTEPS), torch.ones(TIMESTEPS), torch.arange(TIMESTEPS))
 
