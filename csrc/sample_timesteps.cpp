@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "direct.h"
 #include "vectorized.h"
 
 namespace fastsds {
@@ -116,6 +117,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sample_timesteps(
           gather(weights, timesteps, correction.empty() ? nullptr : correction.data())};
 }
 
+// The contract that fastsds/ops/sample_timesteps.py explains.
+bool is_valid(const at::Tensor& alpha, const at::Tensor& sigma, const at::Tensor& weights, int64_t batch, int64_t draws,
+              const at::Tensor& seed, std::string_view strategy, int64_t t_min, int64_t t_max,
+              const std::optional<at::Tensor>& cdf) {
+  const auto is_table = [&](const at::Tensor& table) {
+    return table.is_cpu() && table.dim() == 1 && table.size(0) == alpha.size(0) &&
+           (table.scalar_type() == at::kFloat || table.scalar_type() == at::kDouble);
+  };
+  const bool by_mass = strategy == "importance";
+  return alpha.dim() == 1 && is_table(alpha) && is_table(sigma) && is_table(weights) && by_mass == cdf.has_value() &&
+         (by_mass ? is_table(*cdf) : strategy == "uniform" || strategy == "stratified" || strategy == "antithetic") &&
+         seed.is_cpu() && seed.scalar_type() == at::kLong && seed.numel() == 1 && batch >= 0 && draws >= 1 &&
+         0 <= t_min && t_min < t_max && t_max <= alpha.size(0);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastsds_native, library) {
@@ -125,5 +141,7 @@ TORCH_LIBRARY_FRAGMENT(fastsds_native, library) {
 }
 
 TORCH_LIBRARY_IMPL(fastsds_native, CPU, library) { library.impl("sample_timesteps", sample_timesteps); }
+
+TORCH_LIBRARY_IMPL(fastsds, CPU, library) { library.impl("sample_timesteps", direct<is_valid, sample_timesteps>()); }
 
 }  // namespace fastsds

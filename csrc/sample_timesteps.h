@@ -41,14 +41,12 @@ FASTSDS_INLINE Drawn by_mass(int64_t stratum, uint32_t word, int64_t count, cons
   const double mass = static_cast<double>(cdf[end - 1]) - below;
   const double place = static_cast<double>(stratum) + static_cast<double>(word) * 0x1p-32;
   const double wanted = below + place / static_cast<double>(count) * mass;
-  int64_t t = 0, high = timesteps;
-  while (t < high) {
-    const int64_t middle = t + (high - t) / 2;
-    if (!(static_cast<double>(cdf[middle]) > wanted)) {
-      t = middle + 1;
-    } else {
-      high = middle;
-    }
+  // The first timestep whose cdf exceeds `wanted`, by halving without a branch, which no processor could predict.
+  int64_t t = 0;
+  for (int64_t length = timesteps; length > 0;) {
+    const int64_t half = (length + 1) / 2;
+    t += half * static_cast<int64_t>(!(static_cast<double>(cdf[t + half - 1]) > wanted));
+    length -= half;
   }
   t = t < range.first ? range.first : t > end - 1 ? end - 1 : t;
   const double before = t > 0 ? static_cast<double>(cdf[t - 1]) : 0.0;
