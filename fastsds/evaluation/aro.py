@@ -57,7 +57,7 @@ def read_order(path: Path, images: Path) -> list[CaptionChoice]:
         wrong = [option for option in options[1:] if option != options[0]]
         if not wrong:
             raise DataError(f"path: row {number} of {path} has no option but its caption {options[0]!r}")
-        examples.append(CaptionChoice(str(number), images / row["image"], (options[0], *wrong), 0))
+        examples.append(CaptionChoice(f"{number} {row['image']}", images / row["image"], (options[0], *wrong), 0))
     check_images([images / row["image"] for row in rows], path)
     return examples
 
@@ -83,13 +83,18 @@ def with_published_macro(outcomes: Outcomes, *, smallest: int = 1, leave_out: Co
 def _read_visual_genome(path: Path, images: Path, group: str, kind: type) -> list[CaptionChoice]:
     rows = read_rows(path, {**_FIELDS, group: kind})
     check_images([images / row["image_path"] for row in rows], path)
-    return [_choice(str(number), row, images, group) for number, row in enumerate(rows, start=1)]
+    return [_choice(number, row, images, group) for number, row in enumerate(rows, start=1)]
 
 
-def _choice(key: str, row: dict[str, Any], images: Path, group: str) -> CaptionChoice:
+def _choice(number: int, row: dict[str, Any], images: Path, group: str) -> CaptionChoice:
     left, upper, width, height = (row[name] for name in _BOX)
     name = row[group] if isinstance(row[group], str) else "_".join(map(str, row[group]))
     captions = (row["false_caption"], row["true_caption"])
     return CaptionChoice(
-        key, images / row["image_path"], captions, 1, name, (left, upper, left + width, upper + height)
+        f"{number} {row['image_path']}",
+        images / row["image_path"],
+        captions,
+        1,
+        name,
+        (left, upper, left + width, upper + height),
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, overload
 
 from PIL import Image
 
 from fastsds.data.files import DataError
 from fastsds.data.images import ImageSource, open_image
+
+Box: TypeAlias = tuple[int, int, int, int]
+"""Left, upper, right, lower, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class CaptionChoice:
     """Position of the right caption."""
     group: str = ""
     """What macro figures are averaged over: a relation, a pair of attributes, a split."""
-    box: tuple[int, int, int, int] | None = None
-    """What to cut out of the image: left, upper, right, lower, in pixels."""
+    box: Box | None = None
+    """What to cut out of the image."""
 
     def __post_init__(self) -> None:
         if len(self.captions) < 2 or not 0 <= self.right < len(self.captions):
@@ -47,8 +51,7 @@ class CaptionChoice:
         Raises:
             DataError: it does not exist or cannot be decoded.
         """
-        image = open_image(self.image)
-        return image if self.box is None else image.crop(self.box)
+        return _open(self.image, self.box)
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,39 @@ class TwoByTwo:
             DataError: one does not exist or cannot be decoded.
         """
         first, second = self.images
-        return open_image(first), open_image(second)
+        return _open(first), _open(second)
 
 
 def groups_of(examples: Sequence[CaptionChoice] | Sequence[TwoByTwo]) -> tuple[str, ...] | None:
     """The examples' groups, or None where no example names one."""
     groups = tuple(example.group for example in examples)
     return groups if any(groups) else None
+
+
+class Pictures(Sequence[Image.Image]):
+    """The images of examples in their order, two of each `TwoByTwo`, or of files; opened when they are asked for."""
+
+    def __init__(self, items: Sequence[CaptionChoice] | Sequence[TwoByTwo] | Sequence[ImageSource]) -> None:
+        self._sources: list[tuple[ImageSource, Box | None]] = []
+        for item in items:
+            if isinstance(item, CaptionChoice):
+                self._sources.append((item.image, item.box))
+            else:
+                self._sources += [(image, None) for image in (item.images if isinstance(item, TwoByTwo) else (item,))]
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(index, slice):
+            return [_open(*source) for source in self._sources[index]]
+        return _open(*self._sources[index])
+
+
+def _open(image: ImageSource, box: Box | None = None) -> Image.Image:
+    opened = open_image(image)
+    return opened if box is None else opened.crop(box)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from fastsds.data.images import open_image
-from fastsds.evaluation.examples import CaptionChoice, TwoByTwo
+from fastsds.evaluation.examples import CaptionChoice, Pictures, TwoByTwo
 from fastsds.evaluation.outcomes import Outcomes, choice_outcomes, pairing_outcomes
 from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
 from fastsds.evaluation.winoground import prefers_own_caption
@@ -134,29 +133,6 @@ def two_by_two_outcomes(judge: Judge, examples: Sequence[TwoByTwo], benchmark: s
     return pairing_outcomes(
         benchmark, examples, prefers_own_caption(by_image.transpose(1, 2)), prefers_own_caption(by_image)
     )
-
-
-class Pictures(Sequence[Image.Image]):
-    """The images of examples in their order, two of each `TwoByTwo`; opened when they are asked for."""
-
-    def __init__(self, examples: Sequence[CaptionChoice] | Sequence[TwoByTwo]) -> None:
-        self.examples = examples
-        self._each = 2 if isinstance(examples[0], TwoByTwo) else 1
-
-    def __len__(self) -> int:
-        return len(self.examples) * self._each
-
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Image.Image]: ...
-    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        example = self.examples[index // self._each]
-        return example.load() if isinstance(example, CaptionChoice) else open_image(example.images[index % 2])
 
 
 class _Preprocessed(Dataset[dict[str, Any]]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -26,16 +26,35 @@ def zero_shot_accuracy(
     Raises:
         ValueError: a template without `{}`, or labels that are not positions in `classnames`.
     """
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"templates: expected each to hold {{}} for the class name, got {template!r}")
+    check_templates(templates)
     if len(labels) != len(images) or not bool(((labels >= 0) & (labels < len(classnames))).all()):
         span = f" from {int(labels.min())} to {int(labels.max())}" if len(labels) else ""
         raise ValueError(f"labels: expected {len(images)} positions below {len(classnames)}, got {len(labels)}{span}")
-    prompts = [template.format(name) for name in classnames for template in templates]
-    features = encode_captions(clip, tokenizer, prompts).unflatten(0, (len(classnames), len(templates)))
-    classifier = F.normalize(features.mean(dim=1), dim=-1)
-    return strict_hits(encode_images(clip, images) @ classifier.T, labels).double().mean().item()
+    classes = class_embeddings(lambda prompts: encode_captions(clip, tokenizer, prompts), classnames, templates)
+    return strict_hits(encode_images(clip, images) @ classes.T, labels).double().mean().item()
+
+
+def class_embeddings(
+    encode: Callable[[Sequence[str]], Float[Tensor, "prompts width"]],
+    classnames: Sequence[str],
+    templates: Sequence[str],
+) -> Float[Tensor, "classes width"]:
+    """The normalised mean of every class's prompt embeddings (Radford et al., ICML 2021).
+
+    Raises:
+        ValueError: a template without `{}`, or no templates.
+    """
+    check_templates(templates)
+    prompts = [template.replace("{}", name) for name in classnames for template in templates]
+    return F.normalize(encode(prompts).unflatten(0, (len(classnames), len(templates))).mean(dim=1), dim=-1)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"templates: expected each to hold {{}} for the class name, got {template!r}")
+    if not templates:
+        raise ValueError("templates: expected at least one, got none")
 
 
 def strict_hits(logits: Float[Tensor, "images classes"], labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
