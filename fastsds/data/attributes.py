@@ -24,7 +24,12 @@ Labeller = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
 
 @dataclass(frozen=True)
 class AttributesConfig:
-    """Label the training images with attributes, as IntCoOp trains on; a stopped run goes on where it stopped."""
+    """Label the training images with attributes, as IntCoOp trains on; a stopped run goes on where it stopped.
+
+    examples:
+      fastsds attributes --images caltech-101 --split split_zhou_Caltech101.json --out attributes.jsonl
+      fastsds attributes --images folders --model path/to/blip2
+    """
 
     images: Path
     """Folder that the split file's paths start from; without a split file, `train/<classname>/` below it is read."""

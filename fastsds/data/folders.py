@@ -11,7 +11,7 @@ from fastsds.data.tables import read_csv
 
 
 def read_folder(root: Path, image_column: str = "file_name", caption_column: str = "text") -> Pairs:
-    """Reads `metadata.jsonl` or `metadata.csv` as Hugging Face's image folders have it, or `name.txt` beside `name.jpg`.
+    """Reads `metadata.jsonl` or `metadata.csv`, as Hugging Face has them, or `name.txt` beside `name.jpg`.
 
     Images are looked for in subfolders as well, and come in the order of their paths; those without a text are left
     out.

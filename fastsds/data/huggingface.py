@@ -12,6 +12,7 @@ from fastsds.data.images import Pairs
 
 CAPTION_COLUMNS = ("caption", "text", "captions", "sentences")
 """Tried in turn where none is named."""
+_ENCODED = ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_huggingface(
 
     Raises:
         DataError: `datasets` is not installed, data that cannot be loaded, an unknown split or column (the message
-            lists those there are), a column of another kind, or no rows.
+            lists those there are), or a column of another kind.
     """
     table = load_table(path, split)
     columns = table.column_names
@@ -79,14 +80,12 @@ def read_huggingface(
     for name, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in columns:
             raise DataError(f"{name}: {path} has no column {column!r}; it has {columns}")
-    if not len(table):
-        raise DataError(f"path: expected rows in {path}, got none")
     texts = table.select_columns(caption_column)[caption_column]
     captions = [_captions(value, caption_column, path) for value in texts]
     images = encoded_images(table, image_column)
-    value = images[0][image_column]
-    if not isinstance(value, (bytes, str, dict)):
-        raise DataError(f"image_column: expected images in {image_column!r} of {path}, got {type(value).__name__}")
+    kind = images.features[image_column]
+    if "bytes" not in kind if isinstance(kind, dict) else getattr(kind, "dtype", None) not in _ENCODED:
+        raise DataError(f"image_column: expected images in {image_column!r} of {path}, got {kind}")
     return Pairs(TableImages(images, image_column), captions)
 
 
@@ -110,7 +109,9 @@ def load_table(path: str, split: str) -> Any:
             table = datasets.load_dataset(path)
     except Exception as error:  # datasets raises errors of Arrow, of the hub and of its own
         reason = " ".join(str(error).split())
-        raise DataError(f"path: could not load {path} as a Hugging Face data set: {reason}") from error
+        raise DataError(
+            f"path: {path} is absent, empty or damaged, as a Hugging Face data set it could not be loaded: {reason}"
+        ) from error
     if not hasattr(table, "column_names") or isinstance(table.column_names, dict):
         if split not in table:
             raise DataError(f"split: {path} has no split {split!r}; it has {list(table)}")

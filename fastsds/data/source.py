@@ -117,7 +117,7 @@ def detect_format(path: Path | str) -> CaptionFormat:
     if not place.exists():
         raise DataError(f"path: {path} does not exist; a data set of the hub needs format huggingface")
     if place.is_dir():
-        if any((place / name).exists() for name in ("dataset_dict.json", "state.json")) or _has(place, "*.parquet"):
+        if _has(place, "dataset_dict.json", "state.json", "*.parquet", "*/*.parquet"):
             return "huggingface"
         return "webdataset" if _has(place, "*.tar") else "folder"
     formats: dict[str, CaptionFormat] = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".json": "coco"}
@@ -143,5 +143,5 @@ class _Picked(Sequence[ImageSource]):
         return self._images[self._rows[index]]
 
 
-def _has(folder: Path, pattern: str) -> bool:
-    return next(folder.rglob(pattern), None) is not None
+def _has(folder: Path, *patterns: str) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import json
 import re
-import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from fastsds.data.files import DataError
 from fastsds.data.images import IMAGE_SUFFIXES, Pairs
+from fastsds.data.tar import TarMember, tar_members
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class ShardImages(Sequence[ShardImage]):
         self._members: list[str] = []
         self._places = array("q")  # shard, offset and size of each
 
-    def append(self, shard: int, member: tarfile.TarInfo) -> None:
+    def append(self, shard: int, member: TarMember) -> None:
         self._members.append(member.name)
-        self._places.extend((shard, member.offset_data, member.size))
+        self._places.extend((shard, member.offset, member.size))
 
     def __len__(self) -> int:
         return len(self._members)
@@ -121,26 +121,20 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         yield from _expand_braces(pattern[: braces.start()] + choice + pattern[braces.end() :])
 
 
-def _read_shard(path: Path, caption_key: str) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    images: dict[str, tarfile.TarInfo] = {}
+def _read_shard(path: Path, caption_key: str) -> Iterator[tuple[TarMember, str]]:
+    images: dict[str, TarMember] = {}
     captions: dict[str, str] = {}
     try:
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
+        with path.open("rb") as shard:
+            for member in tar_members(shard, path):
                 name, suffix = _split(member.name)
-                if not member.isfile():
-                    continue
                 if suffix in IMAGE_SUFFIXES:
                     images.setdefault(name, member)
                 elif suffix == ".txt" or (suffix == ".json" and name not in captions):
-                    caption = _caption(path, member, shard.extractfile(member).read(), caption_key)  # type: ignore[union-attr]
+                    shard.seek(member.offset)
+                    caption = _caption(f"{path}:{member.name}", shard.read(member.size), suffix, caption_key)
                     if caption:
                         captions[name] = caption
-            shard.fileobj.seek(shard.offset)  # type: ignore[union-attr]
-            if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[union-attr]
-                raise tarfile.ReadError("no end mark after the last member")
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"path: {path} is truncated or no tar file: {error}; fetch or write it anew") from error
     except OSError as error:
         raise DataError(f"path: could not read {path}: {error.strerror}") from error
     for name, member in images.items():
@@ -149,18 +143,17 @@ def _read_shard(path: Path, caption_key: str) -> Iterator[tuple[tarfile.TarInfo,
 
 
 def _split(member: str) -> tuple[str, str]:
-    """The sample's name, up to the first dot after the folders, and the last suffix."""
+    """The sample's name, up to the first dot after the folders, and the rest."""
     folder, _, file = member.rpartition("/")
-    stem, _, extensions = file.partition(".")
-    return f"{folder}/{stem}", f".{extensions.rpartition('.')[2].lower()}"
+    stem, _, suffix = file.partition(".")
+    return f"{folder}/{stem}", f".{suffix.lower()}"
 
 
-def _caption(path: Path, member: tarfile.TarInfo, content: bytes, caption_key: str) -> str:
+def _caption(name: str, content: bytes, suffix: str, caption_key: str) -> str:
+    """Empty where there is none."""
     try:
-        if not member.name.lower().endswith(".json"):
-            return content.decode("utf-8").strip()
-        document = json.loads(content)
+        document = {caption_key: content.decode("utf-8")} if suffix == ".txt" else json.loads(content)
     except ValueError as error:
-        raise DataError(f"path: {path}:{member.name} cannot be read as a caption: {error}") from error
+        raise DataError(f"path: {name} cannot be read as a caption: {error}") from error
     caption = document.get(caption_key) if isinstance(document, dict) else None
     return caption.strip() if isinstance(caption, str) else ""

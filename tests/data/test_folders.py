@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsds.data import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, pictures: Any) -> Path:
+    """Two images with texts, one of them in a subfolder, one image without, and a text without."""
+    for name, number in (("b/two.png", 2), ("one.PNG", 1), ("alone.png", 3)):
+        pictures.save(tmp_path / "set" / name, number)
+    for name, text in (("b/two", "picture 2\n"), ("one", "picture 1"), ("notes", "of mine")):
+        (tmp_path / "set" / f"{name}.txt").write_text(text, encoding="utf-8")
+    return tmp_path / "set"
+
+
+def _lines(folder: Path, *rows: object) -> None:
+    text = "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_texts_belong_to_the_images_of_their_name(folder: Path, load: Any, colours: Any, pictures: Any) -> None:
+    assert colours(load(folder)) == [(pictures.colour(2), "picture 2"), (pictures.colour(1), "picture 1")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_decide_where_there_are_some(folder: Path, load: Any, colours: Any, pictures: Any, kind: str) -> None:
+    if kind == "jsonl":
+        _lines(folder, {"file_name": "one.PNG", "text": "the first"}, {"file_name": "b/two.png", "text": "a, b"})
+    else:
+        content = 'file_name,text\none.PNG,the first\nb/two.png,"a, b"\n'
+        (folder / "metadata.csv").write_text(content, encoding="utf-8")
+    assert colours(load(folder)) == [(pictures.colour(1), "the first"), (pictures.colour(2), "a, b")]
+
+
+def test_missing_folder_and_image_are_named(folder: Path, load: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"path: expected a folder at .*none, got nothing"):
+        load(tmp_path / "none", format="folder")
+    with pytest.raises(DataError, match=r"path: expected a folder at .*one\.PNG, got a file"):
+        load(folder / "one.PNG", format="folder")
+    _lines(folder, {"file_name": "gone.png", "text": "x"})
+    with pytest.raises(DataError, match=r"image: .*set.gone\.png does not exist"):
+        load(folder)[0]
+
+
+def test_truncated_image_is_named(folder: Path, load: Any, pictures: Any) -> None:
+    pictures.truncate(folder / "one.PNG")
+    with pytest.raises(DataError, match=r"image: .*one\.PNG cannot be read"):
+        load(folder)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        (
+            {"caption_column": "title"},
+            [{"file_name": "a", "text": "x"}],
+            r"caption_column: expected a text 'title' in",
+        ),
+        ({}, [{"file": "a", "text": "x"}], r"image_column: expected a text 'file_name' in line 1 of .*jsonl, got .*"),
+        ({}, [{"file_name": "a", "text": "x"}, "[]\n"], r"image_column: expected a text 'file_name' in line 2 of"),
+        ({}, [{"file_name": "a", "text": "x"}, '{"file'], r"path: line 2 of .*metadata\.jsonl is not JSON: "),
+        ({}, [], r"path: expected lines in .*metadata\.jsonl, got none"),
+    ],
+)
+def test_metadata_of_another_form_are_refused(
+    folder: Path, load: Any, options: dict[str, str], rows: list[Any], message: str
+) -> None:
+    _lines(folder, *rows)
+    with pytest.raises(DataError, match=message):
+        load(folder, **options)
+
+
+def test_metadata_tables_are_read_as_tables(folder: Path, load: Any) -> None:
+    (folder / "metadata.csv").write_text("file_name,title\none.PNG,x\n", encoding="utf-8")
+    message = r"caption_column: .*metadata\.csv has no column 'text'; it has \['file_name', 'title'\] when split at ','"
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+def test_texts_that_are_none_are_named(folder: Path, load: Any) -> None:
+    (folder / "one.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(DataError, match=r"path: .*one\.txt is not a UTF-8 text: "):
+        load(folder)
+
+
+def test_empty_folders_are_named(tmp_path: Path, load: Any, pictures: Any) -> None:
+    pictures.save(tmp_path / "set" / "alone.png", 1)
+    with pytest.raises(DataError, match=r"path: expected images with a \.txt of the same name in .*set, got none"):
+        load(tmp_path / "set")
