@@ -14,6 +14,10 @@ class ClipSourceError(ValueError):
     """A CLIP model cannot be loaded from where it is said to be; the message says what to change, in one line."""
 
 
+class ClipFormatError(ClipSourceError):
+    """One format of CLIP models cannot hold what another does; the message names what."""
+
+
 @contextmanager
 def one_line_errors(subject: str) -> Iterator[None]:
     """Turns the libraries' errors into a `ClipSourceError` that begins with `subject`."""

@@ -76,6 +76,8 @@ def fingerprint(module: nn.Module) -> str:
 def activation_of(clip: nn.Module) -> str:
     """The kinds of activation in the towers' blocks: `GELU`, `QuickGELU`, … joined by `+` where there are several."""
     kinds = {
-        type(module).__name__ for module in clip.modules() if type(module).__name__ in ("GELU", "QuickGELU", "SiLU")
+        type(module).__name__ + ("-tanh" if getattr(module, "approximate", "none") == "tanh" else "")
+        for module in clip.modules()
+        if type(module).__name__ in ("GELU", "QuickGELU", "SiLU")
     }
     return "+".join(sorted(kinds)) or "none"
