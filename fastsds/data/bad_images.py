@@ -40,16 +40,19 @@ class BadImages:
             if row < len(images) and image_name(images[row]) == name:
                 self._bad[row] = True
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return int(self._bad.sum())
 
     def rows(self, row: int) -> Iterator[int]:
         """The row and those that may take its place, in turn and without end, but for those that are known as bad."""
+        if not self._bad[row]:
+            yield row
         draw = random.Random(row)
         while True:
-            if not self._bad[row]:
-                yield row
-            row = draw.randrange(len(self._images))
+            other = draw.randrange(len(self._images))
+            if not self._bad[other]:
+                yield other
 
     def add(self, row: int, error: DataError) -> None:
         """Takes note of a row.
@@ -63,19 +66,19 @@ class BadImages:
             self.listing.parent.mkdir(parents=True, exist_ok=True)
             with self.listing.open("a", encoding="utf-8") as file:  # one write to its end, whoever else writes
                 file.write(json.dumps({"row": row, "image": name, "reason": str(error)}, ensure_ascii=False) + "\n")
-        if len(self) > self.allowed:
+        if self.count > self.allowed:
             names = [image_name(self._images[bad]) for bad in self._bad.nonzero()[:4, 0].tolist()]
             raise DataError(
-                f"images: {len(self)} of {len(self._images)} cannot be read and max_bad_share={self.max_share} allows "
+                f"images: {self.count} of {len(self._images)} cannot be read and max_bad_share={self.max_share} allows "
                 f"{self.allowed}: {first_names(names)}; the last because: {error}"
             ) from error
 
     def summary(self) -> str:
         """A line for the end of a run; empty where every image could be read."""
-        if not len(self):
+        if not self.count:
             return ""
         where = "" if self.listing is None else f"; {self.listing} lists them"
-        return f"{len(self)} of {len(self._images)} images could not be read and were skipped{where}"
+        return f"{self.count} of {len(self._images)} images could not be read and were skipped{where}"
 
 
 def _read_listing(path: Path | None) -> Iterator[tuple[int, str]]:
