@@ -160,18 +160,21 @@ def zero_shot_outcomes(
             not finite.
         DataError: an image that cannot be read.
     """
-    classes = class_embeddings(judge.encode_captions, data.classnames, templates)
+    distinct = {name: at for at, name in enumerate(dict.fromkeys(data.classnames))}
+    classes = class_embeddings(judge.encode_captions, list(distinct), templates)
     features, labels = judge.encode_dataset(_Labelled(data.images, judge.preprocess))
     assert labels is not None
-    logits = features @ classes.T
-    if not bool(((labels >= 0) & (labels < len(classes))).all()) or not bool(logits.isfinite().all()):
+    # Computed once for classes of the same name, which then tie whatever the matrix product rounds.
+    logits = (features @ classes.T)[:, [distinct[name] for name in data.classnames]]
+    if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
         raise ValueError(
-            f"images: expected labels below {len(classes)} and finite similarities, got labels {int(labels.min())} to "
-            f"{int(labels.max())} and {int((~logits.isfinite()).sum())} similarities that are not finite"
+            f"images: expected labels below {logits.shape[1]}, got {int(labels.min())} to {int(labels.max())}"
         )
+    if not bool(logits.isfinite().all()):
+        raise ValueError("images: expected finite similarities")
     hits = tuple(strict_hits(logits, labels).double().tolist())
     groups = tuple(data.classnames[label] for label in labels.tolist())
-    return Outcomes(benchmark, {"accuracy": Figure(hits, data.keys, groups, 1 / len(classes))})
+    return Outcomes(benchmark, {"accuracy": Figure(hits, data.keys, groups, 1 / len(data.classnames))})
 
 
 class _Labelled(Dataset[dict[str, Any]]):

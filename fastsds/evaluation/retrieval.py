@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fastsds.evaluation.judge import ClipJudge
 from fastsds.evaluation.outcomes import Figure, Outcomes
 from fastsds.evaluation.records import check_images, check_row
 
-_CHUNK = 1024  # queries whose similarities to everything are in memory at once
+_CHUNK = 512  # images whose similarities to every caption are in memory at once
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,14 @@ def retrieval_outcomes(
     """
     images = judge.encode_images(Pictures(data.images))
     owner = torch.tensor([row for row, texts in enumerate(data.captions) for _ in texts], device=images.device)
-    captions = judge.encode_captions([text for texts in data.captions for text in texts])
+    texts = [text for row in data.captions for text in row]
+    distinct = {text: at for at, text in enumerate(dict.fromkeys(texts))}
+    captions = judge.encode_captions(list(distinct))
     if not bool(images.isfinite().all() & captions.isfinite().all()):
         raise ValueError("embeddings: expected finite values")
-    of_captions, of_images = retrieval_ranks(images, captions, owner)
+    # Computed once for captions of the same words, which then tie whatever the matrix product rounds.
+    columns = torch.tensor([distinct[text] for text in texts], device=images.device)
+    of_captions, of_images = retrieval_ranks(lambda rows: (images[rows] @ captions.T)[:, columns], owner, len(images))
     image_keys = tuple(f"{row} {Path(image_name(image)).name}" for row, image in enumerate(data.images))
     caption_keys = tuple(
         f"{key} caption {at}" for key, texts in zip(image_keys, data.captions, strict=True) for at in range(len(texts))
@@ -95,7 +99,7 @@ def retrieval_outcomes(
     figures = {}
     for name, ranks, keys, right, candidates in (
         ("text-to-image", of_captions, caption_keys, [1], len(images)),
-        ("image-to-text", of_images, image_keys, [len(texts) for texts in data.captions], len(captions)),
+        ("image-to-text", of_images, image_keys, [len(row) for row in data.captions], len(texts)),
     ):
         for k in ks:
             chance = statistics.fmean(_chance(k, own, candidates) for own in right)
@@ -104,27 +108,30 @@ def retrieval_outcomes(
 
 
 def retrieval_ranks(
-    images: Float[Tensor, "images width"], captions: Float[Tensor, "captions width"], owner: Int[Tensor, "captions"]
+    similarity: Callable[[slice], Float[Tensor, "rows captions"]], owner: Int[Tensor, "captions"], images: int
 ) -> tuple[Int[Tensor, "captions"], Int[Tensor, "images"]]:
     """Of every caption, and of every image, how many wrong candidates are at least as similar as its own.
 
     Args:
+        similarity: of a slice of the images to all captions; asked for every slice twice.
         owner: position of each caption's image.
     """
-    of_captions, best = [], torch.full((len(images),), -torch.inf, device=images.device)
-    for start in range(0, len(captions), _CHUNK):
-        rows = owner[start : start + _CHUNK]
-        similarity = captions[start : start + _CHUNK] @ images.T
-        own = similarity.gather(1, rows.unsqueeze(1))
-        of_captions.append((similarity >= own).sum(dim=1) - 1)
-        best = best.scatter_reduce(0, rows, own.squeeze(1), "amax")
-    of_images = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    for start in range(0, len(captions), _CHUNK):
-        rows = owner[start : start + _CHUNK]
-        ahead = captions[start : start + _CHUNK] @ images.T >= best
-        ahead[torch.arange(len(rows), device=rows.device), rows] = False
-        of_images += ahead.sum(dim=0)
-    return torch.cat(of_captions), of_images
+    at = torch.arange(len(owner), device=owner.device)
+    own = torch.empty(len(owner), device=owner.device)
+    of_captions, of_images = torch.zeros_like(owner), []
+    slices = [slice(start, min(start + _CHUNK, images)) for start in range(0, images, _CHUNK)]
+    mine = {rows.start: at[(owner >= rows.start) & (owner < rows.stop)] for rows in slices}
+    for rows in slices:
+        here = mine[rows.start]
+        own[here] = similarity(rows)[owner[here] - rows.start, here]
+    best = own.new_full((images,), -torch.inf).scatter_reduce(0, owner, own, "amax")
+    for rows in slices:
+        here = mine[rows.start]
+        scores = similarity(rows)
+        scores[owner[here] - rows.start, here] = -torch.inf
+        of_captions += (scores >= own).sum(dim=0)
+        of_images.append((scores >= best[rows].unsqueeze(1)).sum(dim=1))
+    return of_captions, torch.cat(of_images)
 
 
 def _chance(k: int, own: int, candidates: int) -> float:

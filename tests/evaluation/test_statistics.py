@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 from scipy import stats
 
-from fastsds.evaluation import summarise, wilson_interval
+from fastsds.evaluation import bootstrap_interval, exact_mcnemar, summarise, wilson_interval
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 11, 12, 13, 20, 40])
@@ -51,3 +54,77 @@ def test_values_that_are_no_shares_are_refused(values: list[float]) -> None:
 def test_no_samples_are_refused(samples: int) -> None:
     with pytest.raises(ValueError, match=f"samples: expected at least 1, got {samples}"):
         wilson_interval(0.5, samples)
+
+
+@pytest.mark.parametrize("hits", [[1] * 60 + [0] * 40, [1] * 3 + [0] * 9, [1, 0, -1, 1, 0, 0, 1, -1, 0, 1] * 8])
+def test_bootstrap_agrees_with_scipys(hits: list[float]) -> None:
+    low, high = bootstrap_interval(hits, resamples=20_000, seed=1)
+    expected = stats.bootstrap(
+        (np.array(hits, dtype=float),), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert (low, high) == pytest.approx(tuple(expected), abs=1.01 / len(hits))
+
+
+def test_macro_bootstrap_resamples_within_groups() -> None:
+    rng = np.random.default_rng(0)
+    groups = {"on": rng.random(30) < 0.9, "under": rng.random(80) < 0.3, "behind": rng.random(11) < 0.6}
+    values = [float(hit) for members in groups.values() for hit in members]
+    names = [name for name, members in groups.items() for _ in members]
+    order = rng.permutation(len(values))
+    low, high = bootstrap_interval([values[at] for at in order], [names[at] for at in order], resamples=20_000)
+
+    def macro(*samples: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean([np.mean(sample, axis=axis) for sample in samples], axis=0)
+
+    expected = stats.bootstrap(
+        tuple(np.asarray(members, dtype=float) for members in groups.values()), macro, n_resamples=20_000,
+        method="percentile", rng=np.random.default_rng(3),
+    ).confidence_interval  # fmt: skip
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.004)
+    micro = bootstrap_interval(values)
+    assert abs(micro[0] - low) > 0.05  # another mean, another interval
+
+
+def test_bootstrap_has_its_coverage() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(400):
+        low, high = bootstrap_interval((rng.random(100) < 0.7).astype(float).tolist(), resamples=400, seed=trial)
+        covered += low <= 0.7 <= high
+    assert 0.90 <= covered / 400 <= 0.98  # 95 %, and four standard errors of a percentile interval of 100 samples
+
+
+def test_bootstrap_follows_its_seed_and_confidence() -> None:
+    hits = [1.0, 0.0] * 25
+    assert bootstrap_interval(hits, seed=3) == bootstrap_interval(hits, seed=3)
+    low, high = bootstrap_interval(hits, confidence=0.5)
+    wide_low, wide_high = bootstrap_interval(hits, confidence=0.99)
+    assert wide_low < low < 0.5 < high < wide_high
+    assert bootstrap_interval([1.0] * 4) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([],), {}, "values: expected at least one, and groups for each, got 0 and groups none"),
+        (([1.0, 0.0], ["on"]), {}, "values: expected at least one, and groups for each, got 2 and groups 1"),
+        (([1.0],), {"confidence": 1.0}, r"confidence, resamples: expected one inside \(0, 1\) .* got 1.0 and 2000"),
+        (([1.0],), {"resamples": 0}, "got 0.95 and 0"),
+    ],
+)
+def test_bootstrap_names_what_is_wrong(arguments: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bootstrap_interval(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost"), [(0, 0), (1, 0), (0, 7), (5, 5), (3, 4), (12, 3), (40, 61), (500, 431), (9000, 8800)]
+)
+def test_mcnemars_test_is_the_binomial_test(gained: int, lost: int) -> None:
+    expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert exact_mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemars_test_takes_counts() -> None:
+    with pytest.raises(ValueError, match="gained, lost: expected counts, got 1 and -1"):
+        exact_mcnemar(1, -1)
