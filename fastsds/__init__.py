@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastsds.diffusion import DiffusionScorer, DiffusionTeacher, NoiseSchedule, SDSLoss
     from fastsds.intcoop import IntCoOp
     from fastsds.sdsclip import DistillOutput, LatentProjector, SDSDistiller
-    from fastsds.training import DistillConfig, DistillTrainer, IntCoOpConfig, IntCoOpTrainer
+    from fastsds.training import DistillConfig, DistillTrainer, IntCoOpConfig, IntCoOpTrainer, load_distilled
 
 __version__ = "0.1.0"
 
@@ -34,6 +34,7 @@ _HOMES = {
     "PrefixTextEncoder": "fastsds.clip",
     "SDSDistiller": "fastsds.sdsclip",
     "SDSLoss": "fastsds.diffusion",
+    "load_distilled": "fastsds.training",
 }
 _MODULES = ("clip", "data", "diffusion", "evaluation", "intcoop", "ops", "sdsclip", "toyworld", "training")
 
@@ -54,6 +55,7 @@ __all__ = [
     "PrefixTextEncoder",
     "SDSDistiller",
     "SDSLoss",
+    "load_distilled",
     "ops",
     "toyworld",
 ]

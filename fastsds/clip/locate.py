@@ -27,6 +27,8 @@ def locate(name: str, pretrained: str | None, cache_dir: Path | None) -> Locatio
     Raises:
         ClipSourceError: there is no such architecture, tag, file, folder or hub id.
     """
+    if not name:
+        raise ClipSourceError("name: expected an open_clip architecture, a folder or a hub id, got none")
     if (architecture := architecture_of(name)) is not None:
         _require_weights(architecture, pretrained)
         return Location("architecture", architecture)

@@ -92,20 +92,20 @@ def _clip_tokenizer(folder: Path, tokenizer: Any, context_length: int) -> Any:
     from transformers import CLIPTokenizer, CLIPTokenizerFast
 
     if isinstance(tokenizer, open_clip.tokenizer.SimpleTokenizer):
-        files = {
-            "vocab.json": json.dumps(tokenizer.encoder, ensure_ascii=False),
-            "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in tokenizer.bpe_ranks),
-        }
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=context_length)
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
-    if not isinstance(inner, CLIPTokenizer | CLIPTokenizerFast):
-        raise ClipFormatError(
-            f"tokenizer: transformers' CLIPProcessor takes a CLIPTokenizer, got {type(inner).__name__}"
-        )
-    inner.model_max_length = context_length
-    return inner
+        named = {tokenizer.sot_token_id: "<|startoftext|>", tokenizer.eot_token_id: "<|endoftext|>"}
+        vocabulary = {named.get(index, token): index for token, index in tokenizer.encoder.items()}
+        merges = "".join(f"{left} {right}\n" for left, right in tokenizer.bpe_ranks)
+        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    else:
+        inner = getattr(tokenizer, "tokenizer", tokenizer)
+        if not isinstance(inner, CLIPTokenizer | CLIPTokenizerFast):
+            raise ClipFormatError(
+                f"tokenizer: transformers' CLIPProcessor takes a CLIPTokenizer, got {type(inner).__name__}"
+            )
+        inner.save_pretrained(folder)
+    # Read anew, so that the caller's keeps its length.
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=context_length)
 
 
 def _read_clip_config(place: str, cache_dir: Path | None) -> Any:

@@ -3,6 +3,7 @@
 from fastsds.training.checkpoint import CheckpointError
 from fastsds.training.config import TrainConfig, TrainResult
 from fastsds.training.distill import DistillConfig, DistillTrainer
+from fastsds.training.distilled import load_distilled, read_distilled
 from fastsds.training.intcoop import IntCoOpConfig, IntCoOpTrainer
 from fastsds.training.interrupt import TrainingInterrupted
 from fastsds.training.trainer import NonFiniteLossError, Trainer
@@ -18,4 +19,6 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "TrainingInterrupted",
+    "load_distilled",
+    "read_distilled",
 ]

@@ -94,13 +94,22 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint, by their names in the module that was trained.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    return _read(folder / TENSORS)
+
+
 def load_tensors(folder: Path, into: dict[str, Tensor]) -> None:
     """Copies the trained tensors of a checkpoint into those of the same names.
 
     Raises:
         CheckpointError: the file cannot be read, or names or shapes differ; nothing is copied then.
     """
-    stored = _read(folder / TENSORS)
+    stored = read_tensors(folder)
     expected = {name: list(tensor.shape) for name, tensor in into.items()}
     found = {name: list(tensor.shape) for name, tensor in stored.items()}
     if expected != found:

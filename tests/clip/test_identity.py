@@ -77,7 +77,7 @@ def test_quick_gelu_against_gelu_is_explained(written: bool, loaded: bool) -> No
 
 def test_the_approximation_of_gelu_is_part_of_the_identity() -> None:
     tanh = {"act_kwargs": {"approximate": "tanh"}}
-    with pytest.raises(ModelMismatchError, match="activation was 'GELU-tanh' .* is 'GELU' in this model"):
+    with pytest.raises(ModelMismatchError, match=r"activation was 'GELU-tanh' .* is 'GELU' in this model"):
         ClipIdentity.of(_clip()).require_match(_recorded(_clip(vision=tanh, text=tanh)))
 
 
