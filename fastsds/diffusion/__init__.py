@@ -1,11 +1,13 @@
 """The diffusion side: a noise schedule, a frozen teacher, the loss it gives and the score it gives."""
 
 from fastsds.diffusion.cache import TensorCache
+from fastsds.diffusion.conditioning import TextConditioning
+from fastsds.diffusion.families import UnsupportedTeacherError
 from fastsds.diffusion.loss import SDSLoss
 from fastsds.diffusion.schedule import NoiseSchedule
 from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.source import TeacherSource
-from fastsds.diffusion.teacher import DiffusionTeacher, UnsupportedTeacherError
+from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.diffusion.timesteps import SeedStream, TimestepSampler
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "SeedStream",
     "TeacherSource",
     "TensorCache",
+    "TextConditioning",
     "TimestepSampler",
     "UnsupportedTeacherError",
 ]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fastsds.diffusion.conditioning import TextConditioning
 from fastsds.diffusion.schedule import Weighting
 from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.diffusion.timesteps import SeedStream, TimestepSampler
@@ -17,7 +18,7 @@ from fastsds.ops import TimestepDraw, add_noise, sample_timesteps, sds_loss, sds
 from fastsds.ops.sample_timesteps import Strategy
 from fastsds.ops.sds_loss import Jacobian
 
-Text = Sequence[str] | Float[Tensor, "batch tokens width"]
+Text = Sequence[str] | TextConditioning | Float[Tensor, "batch tokens width"]
 
 
 class SDSLoss(nn.Module):
@@ -92,11 +93,8 @@ class SDSLoss(nn.Module):
         self._check(latents, text)
         if seed is None:
             seed = self.seeds.next(latents.device)
-        conditioning = text if isinstance(text, Tensor) else self.teacher.encode_text(text)
-        if self.guidance_scale == 1.0:
-            uncond = None
-        else:
-            uncond = self.teacher.encode_text([""]).expand(len(latents), -1, -1)
+        conditioning = self._conditioning(text)
+        uncond = None if self.guidance_scale == 1.0 else self.teacher.encode_no_text().expand(len(latents))
         # Processes share the seed and take their rows of one global batch: as if one process had drawn it.
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         first = rank * len(latents)
@@ -131,8 +129,8 @@ class SDSLoss(nn.Module):
     def _losses_and_gradient(
         self,
         latents: Tensor,
-        text: Tensor,
-        uncond: Tensor | None,
+        text: TextConditioning,
+        uncond: TextConditioning | None,
         draw: TimestepDraw,
         seed: Tensor,
         batch_offset: int,
@@ -165,18 +163,23 @@ class SDSLoss(nn.Module):
         (gradient,) = torch.autograd.grad(outputs, latents, gradients)
         return loss, gradient if of_latents is None else gradient + of_latents
 
-    def _predict(self, noised: Tensor, t: Tensor, text: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _predict(
+        self, noised: Tensor, t: Tensor, text: TextConditioning, uncond: TextConditioning | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The teacher's output under the text and, where guidance asks for it, under none."""
         shape = noised.shape
-        inputs = noised.flatten(0, 1), t.flatten(), text.repeat_interleave(self.draws, dim=0)
+        flat, flat_t, text = noised.flatten(0, 1), t.flatten(), text.repeat_interleave(self.draws)
         if uncond is None:
-            return self.teacher.predict(*inputs).view(shape), None
-        uncond = uncond.repeat_interleave(self.draws, dim=0)
-        both = self.teacher.predict(
-            torch.cat([inputs[0]] * 2), torch.cat([inputs[1]] * 2), torch.cat([inputs[2], uncond])
-        )
-        with_text, without = both.chunk(2)
+            return self.teacher.predict(flat, flat_t, text).view(shape), None
+        both = TextConditioning.cat([text, uncond.repeat_interleave(self.draws)])
+        prediction = self.teacher.predict(torch.cat([flat] * 2), torch.cat([flat_t] * 2), both)
+        with_text, without = prediction.chunk(2)
         return with_text.view(shape), without.view(shape)
+
+    def _conditioning(self, text: Text) -> TextConditioning:
+        if isinstance(text, TextConditioning):
+            return text
+        return TextConditioning(text) if isinstance(text, Tensor) else self.teacher.encode_text(text)
 
     def _check(self, latents: Tensor, text: Text) -> None:
         channels = self.teacher.latent_shape[0]

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from fastsds.diffusion.attention import Attention
+from fastsds.diffusion.cache import TensorCache
 from fastsds.diffusion.teacher import DiffusionTeacher
 
 TOYWORLD = "toyworld"
@@ -22,7 +24,7 @@ class TeacherSource:
     """A diffusers pipeline folder or hub id (Stable Diffusion 1.x, 2.x, SDXL or SD3), or toyworld, the shipped one."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the weights, and of what the teacher computes in."""
-    attention: Literal["torch", "xformers"] = "torch"
+    attention: Attention = "torch"
     """Kernels of the denoiser's attention; PyTorch's own serve where xformers cannot, and a warning says so."""
     cache: Path | None = None
     """Folder that keeps text conditioning and VAE latents between runs; processes may share it."""
@@ -37,4 +39,10 @@ class TeacherSource:
             FileNotFoundError: a folder that is no diffusers pipeline.
         """
         source = _SHIPPED if self.source == TOYWORLD else self.source
-        return DiffusionTeacher.from_pretrained(source, dtype=getattr(torch, self.dtype), device=device)
+        return DiffusionTeacher.from_pretrained(
+            source,
+            dtype=getattr(torch, self.dtype),
+            device=device,
+            attention=self.attention,
+            cache=None if self.cache is None else TensorCache(self.cache, int(self.cache_size_gb * 1e9)),
+        )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +11,30 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fastsds.diffusion.attention import Attention, use_attention
+from fastsds.diffusion.cache import TensorCache
+from fastsds.diffusion.conditioning import ConditioningCache, TextConditioning
+from fastsds.diffusion.families import SDXL, family_of
+from fastsds.diffusion.fingerprint import fingerprint
+from fastsds.diffusion.loading import load_parts
 from fastsds.diffusion.schedule import NoiseSchedule
-
-SUPPORTED = "Stable Diffusion 1.x and 2.x text-to-image pipelines (StableDiffusionPipeline with a UNet2DConditionModel)"
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-
-
-class UnsupportedTeacherError(ValueError):
-    """A diffusion model that the library cannot use as a teacher; the message names it and what is supported."""
 
 
 class DiffusionTeacher(nn.Module):
-    """A frozen U-Net, VAE, text encoder and tokenizer with their noise schedule.
+    """A frozen denoiser, VAE, text encoders and tokenizers, named as in the diffusers pipelines, with their schedule.
 
     All weights are frozen and in evaluation mode, whatever a surrounding module is set to.
 
     Args:
-        unet: diffusers' `UNet2DConditionModel`.
+        unet: diffusers' `UNet2DConditionModel` of Stable Diffusion 1.x, 2.x or SDXL; None beside a `transformer`.
         vae: diffusers' `AutoencoderKL`, or None where images are never encoded.
         text_encoder, tokenizer: transformers' CLIP text model and tokenizer, or None where text comes as embeddings.
         scheduler: the diffusers scheduler it was trained with, or a `NoiseSchedule`.
+        transformer: diffusers' `SD3Transformer2DModel`.
+        text_encoder_2, tokenizer_2: of SDXL and SD3.
+        text_encoder_3, tokenizer_3: the T5 of SD3, which does without.
+        force_zeros_for_empty_prompt: whether SDXL without a caption is told zeros, not the empty caption.
+        cache: keeps text conditioning and, for `encode_images_cached`, latents between runs.
         text_cache_size: captions whose conditioning is kept on the device (least recently used are dropped).
 
     Raises:
@@ -40,18 +42,35 @@ class DiffusionTeacher(nn.Module):
     """
 
     def __init__(
-        self, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: Any, *, text_cache_size: int = 1024
+        self,
+        unet: Any = None,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        scheduler: Any = None,
+        *,
+        transformer: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
+        cache: TensorCache | None = None,
+        text_cache_size: int = 1024,
     ) -> None:
         super().__init__()
-        _refuse_unsupported_unet(unet, vae)
+        self.family = family_of(transformer if unet is None else unet, vae, text_encoder_2)
         self.unet = unet
+        self.transformer = transformer
         self.vae = vae
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
-        self._schedule = schedule
-        self._text_cache_size = text_cache_size
-        self._text_cache: OrderedDict[str, Tensor] = OrderedDict()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
+        self.cache = cache
+        self._zeros_for_no_text = self.family is SDXL and force_zeros_for_empty_prompt
+        self._schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule.from_scheduler(scheduler)
+        self._text_cache = ConditioningCache(text_cache_size, cache)
+        self._fingerprints: dict[tuple[tuple[str, ...], torch.dtype], str] = {}
         self.requires_grad_(False)
         self.eval()
 
@@ -62,55 +81,41 @@ class DiffusionTeacher(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        attention: Attention = "torch",
+        cache: TensorCache | None = None,
         text_cache_size: int = 1024,
     ) -> DiffusionTeacher:
-        """Loads a Stable Diffusion 1.x or 2.x pipeline from a diffusers folder or a hub id; safetensors only.
+        """Loads a Stable Diffusion (1.x, 2.x, XL, 3.x) pipeline from a diffusers folder or hub id; safetensors only.
 
         The convolutions become channels-last on a GPU, where that is the faster layout.
 
+        Args:
+            attention: kernels of the denoiser's attention; PyTorch's own serve where xformers cannot, with a warning.
+
         Raises:
-            UnsupportedTeacherError: SDXL, SD3, a ControlNet, inpainting, …: named, with what is supported.
+            UnsupportedTeacherError: a refiner, a ControlNet, inpainting, …: named, with what is supported.
             FileNotFoundError: a folder without a `model_index.json`.
         """
-        import diffusers
-        import transformers
-
-        folder = Path(source)
-        is_path = isinstance(source, Path) or folder.exists() or source.startswith((".", "/", "~"))
-        if is_path and not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"source: expected a diffusers pipeline folder with a model_index.json, got {folder}"
-            )
-        index = diffusers.DiffusionPipeline.load_config(str(source))
-        pipeline = index.get("_class_name")
-        if pipeline not in _PIPELINES:
-            raise UnsupportedTeacherError(f"source: {source} is a {pipeline}; supported are {SUPPORTED}")
-        weights = {"torch_dtype": dtype, "use_safetensors": True}
-        text_weights = {"dtype": dtype, "use_safetensors": True}
-        scheduler_class = getattr(diffusers, index["scheduler"][1])
-        with _no_progress_bar():
-            text_encoder = transformers.CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **text_weights)
-        teacher = cls(
-            unet=diffusers.UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights),
-            vae=diffusers.AutoencoderKL.from_pretrained(source, subfolder="vae", **weights),
-            text_encoder=text_encoder,
-            tokenizer=transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
-            scheduler=scheduler_class.from_pretrained(source, subfolder="scheduler"),
-            text_cache_size=text_cache_size,
-        )
+        teacher = cls(**load_parts(source, dtype), cache=cache, text_cache_size=text_cache_size)
         teacher.to(device)
         if teacher.device.type == "cuda":
             teacher.to(memory_format=torch.channels_last)
+        use_attention(teacher.denoiser, attention)
         return teacher
 
     @property
+    def denoiser(self) -> Any:
+        """The U-Net or transformer."""
+        return getattr(self, self.family.denoiser)
+
+    @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the U-Net's weights, and of what `predict` takes and returns."""
-        return next(self.unet.parameters()).dtype
+        """Of the denoiser's weights, and of what `predict` takes and returns."""
+        return next(self.denoiser.parameters()).dtype
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -122,14 +127,14 @@ class DiffusionTeacher(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents it was trained on."""
-        size = self.unet.config.sample_size
+        size = self.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self.denoiser.config.in_channels, height, width
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width, in pixels, of the images that encode to `latent_shape`."""
-        factor = 2 ** (len(self._require("vae").config.block_out_channels) - 1)
+        """Height and width, in pixels, of the images that encode to `latent_shape`; without a VAE, its 8-fold."""
+        factor = 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_shape[1] * factor, self.latent_shape[2] * factor
 
     def train(self, mode: bool = True) -> DiffusionTeacher:
@@ -137,35 +142,32 @@ class DiffusionTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def encode_text(self, captions: Sequence[str]) -> Float[Tensor, "captions tokens width"]:
-        """The text conditioning of each caption, padded and truncated as the pipeline does; cached by caption.
+    def encode_text(self, captions: Sequence[str]) -> TextConditioning:
+        """The conditioning of each caption, padded and truncated as the pipeline does, in the teacher's dtype.
+
+        It is kept by caption, in memory and in the `cache`.
 
         Raises:
             TypeError: something other than strings.
         """
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
             raise TypeError(f"captions: expected a sequence of strings, got {captions!r:.80}")
-        wanted: dict[str, Tensor] = {}
-        for caption in captions:
-            cached = self._text_cache.get(caption)
-            if cached is not None and (cached.device, cached.dtype) == (self.device, self.dtype):
-                self._text_cache.move_to_end(caption)
-                wanted[caption] = cached
-        new = [caption for caption in dict.fromkeys(captions) if caption not in wanted]
+        prefix = "" if self.cache is None else f"text {self._fingerprint(*self.family.text)} {self.dtype}"
+        rows = self._text_cache.lookup(captions, prefix, self.device, self.dtype)
+        new = [caption for caption in dict.fromkeys(captions) if caption not in rows]
         if new:
-            tokenizer, text_encoder = self._require("tokenizer"), self._require("text_encoder")
-            tokens = tokenizer(
-                new, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-            )
-            encoded = text_encoder(tokens.input_ids.to(self.device))[0].to(self.dtype)
-            # Cloned: a row of the batch, kept alone, would keep the whole batch in memory.
-            wanted.update((caption, row.clone()) for caption, row in zip(new, encoded, strict=True))
-            for caption in new:
-                self._text_cache[caption] = wanted[caption]
-                self._text_cache.move_to_end(caption)
-            while len(self._text_cache) > self._text_cache_size:
-                self._text_cache.popitem(last=False)
-        return torch.stack([wanted[caption] for caption in captions])
+            encoded = self.family.encode(self._text_components(), new, self.device)
+            # Copied: a row of the batch, kept alone, would keep the whole batch in memory.
+            pieces = (encoded[i : i + 1].map(lambda tensor: tensor.to(self.dtype, copy=True)) for i in range(len(new)))
+            made = dict(zip(new, pieces, strict=True))
+            self._text_cache.keep(prefix, made)
+            rows |= made
+        return TextConditioning.cat([rows[caption] for caption in captions])
+
+    def encode_no_text(self) -> TextConditioning:
+        """One row: what guidance leads away from, as in the pipeline without a negative prompt."""
+        empty = self.encode_text([""])
+        return empty.map(torch.zeros_like) if self._zeros_for_no_text else empty
 
     @torch.no_grad()
     def encode_images(
@@ -185,58 +187,72 @@ class DiffusionTeacher(nn.Module):
         if tuple(images.shape[2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
         posterior = vae.encode((images * 2 - 1).to(self.device, next(vae.parameters()).dtype)).latent_dist
-        return (posterior.mode() * vae.config.scaling_factor).float()
+        return ((posterior.mode() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).float()
+
+    def encode_images_cached(
+        self, keys: Sequence[str], images: Float[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images channels latent_height latent_width"]:
+        """`encode_images`, for those whose latents are not in the `cache` under their keys; they are put there.
+
+        Args:
+            keys: what tells the images' contents apart, such as `content_key(image)`; for augmented images of no use.
+
+        Raises:
+            ValueError: another number of keys than images, or images that `encode_images` refuses.
+        """
+        if len(keys) != len(images):
+            raise ValueError(f"keys: expected one for each of {len(images)} images, got {len(keys)}")
+        if self.cache is None:
+            return self.encode_images(images)
+        prefix = f"latents {self._fingerprint('vae')} {self.image_size}"
+        kept = [self.cache.get(f"{prefix} {key}") for key in keys]
+        missing = [row for row, tensors in enumerate(kept) if tensors is None]
+        if missing:
+            for row, latents in zip(missing, self.encode_images(images[missing]), strict=True):
+                kept[row] = {"latents": latents}
+                self.cache.put(f"{prefix} {keys[row]}", {"latents": latents})
+        return torch.stack([tensors["latents"].to(self.device) for tensors in kept if tensors is not None])
 
     def predict(
         self,
         noised: Float[Tensor, "batch channels height width"],
         t: Int[Tensor, "batch"],
-        text: Float[Tensor, "batch tokens width"],
+        text: TextConditioning | Float[Tensor, "batch tokens width"],
     ) -> Float[Tensor, "batch channels height width"]:
-        """The U-Net's output at timesteps `t` (indices into the schedule), in the teacher's dtype.
+        """The denoiser's output at timesteps `t` (indices into the schedule), in the teacher's dtype.
 
         Differentiable in `noised`.
+
+        Raises:
+            ValueError: embeddings alone for a family that takes a pooled embedding too.
         """
-        model_timesteps = self.schedule.model_timesteps[t]
-        return self.unet(noised.to(self.dtype), model_timesteps, encoder_hidden_states=text.to(self.dtype)).sample
+        if isinstance(text, Tensor):
+            text = TextConditioning(text)
+        if self.family.pooled and text.pooled is None:
+            raise ValueError("text: expected with a pooled embedding, as encode_text gives it, got embeddings alone")
+        text = text.map(lambda tensor: tensor.to(self.dtype))
+        return self.denoiser(
+            noised.to(self.dtype),
+            timestep=self.schedule.model_timesteps[t],
+            encoder_hidden_states=text.embeddings,
+            **self.family.conditions(text, self.image_size),
+        ).sample
+
+    def _text_components(self) -> dict[str, Any]:
+        for name in self.family.text:
+            if name not in self.family.optional:
+                self._require(name)
+        return {name: getattr(self, name) for name in (*self.family.text, "transformer")}
+
+    def _fingerprint(self, *names: str) -> str:
+        """Of components; computed once for each dtype that they are cast to."""
+        key = names, self.dtype
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(getattr(self, name) for name in names)
+        return self._fingerprints[key]
 
     def _require(self, name: str) -> Any:
         component = getattr(self, name)
         if component is None:
             raise ValueError(f"{name}: this teacher was built without one, and this call needs it")
         return component
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers shows a bar for every model it loads, also for one of a few kilobytes."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
-def _refuse_unsupported_unet(unet: Any, vae: Any) -> None:
-    name = type(unet).__name__
-    if name != "UNet2DConditionModel":
-        raise UnsupportedTeacherError(f"unet: got a {name}; supported are {SUPPORTED}")
-    config = unet.config
-    if config.addition_embed_type or config.class_embed_type or config.num_class_embeds:
-        raise UnsupportedTeacherError(
-            f"unet: it wants conditions beside the text (addition_embed_type={config.addition_embed_type!r}, as in "
-            f"SDXL); supported are {SUPPORTED}"
-        )
-    if config.in_channels != config.out_channels:
-        raise UnsupportedTeacherError(
-            f"unet: it takes {config.in_channels} channels and predicts {config.out_channels} (an inpainting, "
-            f"depth or variance-predicting model); supported are {SUPPORTED}"
-        )
-    if vae is not None and vae.config.latent_channels != config.in_channels:
-        raise UnsupportedTeacherError(
-            f"vae: expected {config.in_channels} latent channels, as the U-Net takes, got {vae.config.latent_channels}"
-        )

@@ -49,7 +49,7 @@ def _by_hand(
     """The loss, with plain autograd behind it, and every draw's `w(t) (eps_hat - eps)`: one U-Net call per draw."""
     draw = sample_timesteps(teacher.schedule, len(latents), draws, SEED, t_range=t_range)
     eps = philox.normal(SEED, (len(latents), draws, *latents.shape[1:])).double()
-    text, unconditional = teacher.encode_text(CAPTIONS[: len(latents)]), teacher.encode_text([""])
+    text, unconditional = (teacher.encode_text(captions).embeddings for captions in (CAPTIONS[: len(latents)], [""]))
     alpha_bar = diffusers.DDIMScheduler(**models.SCHEDULER_CONFIG).alphas_cumprod.double()
     losses, residuals = [], []
     for i in range(len(latents)):

@@ -17,6 +17,10 @@ from torch import Tensor
 from fastsds.diffusion import DiffusionTeacher, NoiseSchedule, UnsupportedTeacherError
 from fastsds.toyworld import models
 
+SUPPORTED = (
+    "supported are Stable Diffusion 1.x and 2.x (StableDiffusionPipeline), SDXL (StableDiffusionXLPipeline) and "
+    "Stable Diffusion 3.x (StableDiffusion3Pipeline) text-to-image pipelines"
+)
 CAPTIONS = ["a red circle", "a blue square above a green triangle", ""]
 
 
@@ -38,8 +42,14 @@ def pipeline(teacher_parts: dict[str, Any]) -> Any:
     )
 
 
+def _embeddings(teacher: DiffusionTeacher, captions: list[str]) -> Tensor:
+    encoded = teacher.encode_text(captions)
+    assert encoded.pooled is None
+    return encoded.embeddings
+
+
 def _inputs(teacher: DiffusionTeacher, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    text = teacher.encode_text(CAPTIONS[:batch])
+    text = _embeddings(teacher, CAPTIONS[:batch])
     return torch.randn(batch, *teacher.latent_shape), torch.tensor([3, 700])[:batch], text
 
 
@@ -54,7 +64,7 @@ def test_from_pretrained_is_the_teacher_of_its_parts(
     assert loaded.schedule.prediction_type == teacher.schedule.prediction_type == "v_prediction"
     assert torch.equal(loaded.schedule.alpha, teacher.schedule.alpha)
     inputs = _inputs(teacher)
-    assert torch.equal(loaded.encode_text(CAPTIONS), teacher.encode_text(CAPTIONS))
+    assert torch.equal(_embeddings(loaded, CAPTIONS), _embeddings(teacher, CAPTIONS))
     assert torch.equal(loaded.predict(*inputs), teacher.predict(*inputs))
     images = torch.rand(1, 3, *teacher.image_size)
     assert torch.equal(loaded.encode_images(images), teacher.encode_images(images))
@@ -65,7 +75,7 @@ def test_half_precision_loading(teacher: DiffusionTeacher, pipeline_folder: Path
     assert loaded.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     noised, t, text = _inputs(teacher)
-    assert loaded.encode_text(CAPTIONS).dtype == torch.bfloat16
+    assert _embeddings(loaded, CAPTIONS).dtype == torch.bfloat16
     prediction = loaded.predict(noised, t, text)
     assert prediction.dtype == torch.bfloat16
     torch.testing.assert_close(prediction.float(), teacher.predict(noised, t, text), rtol=0.1, atol=0.1)
@@ -122,18 +132,18 @@ def test_text_is_encoded_as_the_pipeline_does(teacher: DiffusionTeacher, pipelin
     long = "a red circle and " * 20  # is truncated
     captions = [*CAPTIONS, long]
     expected = pipeline.encode_prompt(captions, "cpu", 1, False)[0]
-    encoded = teacher.encode_text(captions)
+    encoded = _embeddings(teacher, captions)
     assert encoded.shape == (4, models.CONTEXT_LENGTH, 64)
     torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
     unconditional = pipeline.encode_prompt("a red circle", "cpu", 1, True)[1]
-    torch.testing.assert_close(teacher.encode_text([""]), unconditional, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_embeddings(teacher, [""]), unconditional, rtol=1e-5, atol=1e-5)
     assert not encoded.requires_grad
 
 
 def test_text_is_encoded_once_per_caption(teacher: DiffusionTeacher, encoder_calls: list[int]) -> None:
-    first = teacher.encode_text(["a", "b", "a", "b", "a"])
+    first = _embeddings(teacher, ["a", "b", "a", "b", "a"])
     assert encoder_calls == [2]
-    again = teacher.encode_text(["b", "c", "a"])
+    again = _embeddings(teacher, ["b", "c", "a"])
     assert encoder_calls == [2, 1]
     assert torch.equal(again[0], first[1])
     assert torch.equal(again[2], first[0])
@@ -143,40 +153,40 @@ def test_text_is_encoded_once_per_caption(teacher: DiffusionTeacher, encoder_cal
 
 
 def test_result_can_be_written_to_without_changing_the_cache(teacher: DiffusionTeacher) -> None:
-    first = teacher.encode_text(["a"])
+    first = _embeddings(teacher, ["a"])
     expected = first.clone()
     first.zero_()
-    assert torch.equal(teacher.encode_text(["a"]), expected)
+    assert torch.equal(_embeddings(teacher, ["a"]), expected)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_cache_is_bounded(teacher: DiffusionTeacher, encoder_calls: list[int], size: int) -> None:
-    teacher._text_cache_size = size
+    teacher._text_cache.size = size
     captions = ["a", "b", "c", "d"]
-    encoded = teacher.encode_text(captions)
+    encoded = _embeddings(teacher, captions)
     assert encoded.shape[0] == 4
-    assert len(teacher._text_cache) == size
-    bytes_kept = sum(row.untyped_storage().nbytes() for row in teacher._text_cache.values())
+    assert len(teacher._text_cache.rows) == size
+    bytes_kept = sum(row.embeddings.untyped_storage().nbytes() for row in teacher._text_cache.rows.values())
     assert bytes_kept == size * models.CONTEXT_LENGTH * 64 * 4
-    torch.testing.assert_close(teacher.encode_text(captions), encoded)
+    torch.testing.assert_close(_embeddings(teacher, captions), encoded)
     assert encoder_calls == [4, 4 - size]
 
 
 def test_least_recently_used_caption_is_dropped(teacher: DiffusionTeacher, encoder_calls: list[int]) -> None:
-    teacher._text_cache_size = 2
+    teacher._text_cache.size = 2
     for captions in (["a"], ["b"], ["a"], ["c"], ["a"]):  # "b" is the oldest when "c" comes
-        teacher.encode_text(captions)
+        _embeddings(teacher, captions)
     assert encoder_calls == [1, 1, 1]
-    teacher.encode_text(["b"])
+    _embeddings(teacher, ["b"])
     assert encoder_calls == [1, 1, 1, 1]
 
 
 def test_cache_follows_the_teachers_dtype(teacher: DiffusionTeacher) -> None:
-    teacher.encode_text(["a"])
+    _embeddings(teacher, ["a"])
     teacher.double()
-    encoded = teacher.encode_text(["a", "b"])
+    encoded = _embeddings(teacher, ["a", "b"])
     assert encoded.dtype == torch.float64
-    torch.testing.assert_close(encoded, teacher.encode_text(["b", "a"]).flip(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(encoded, _embeddings(teacher, ["b", "a"]).flip(0), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("captions", ["a red circle", [1, 2], ["a", None]])
@@ -231,13 +241,22 @@ def test_stays_frozen_and_in_evaluation_mode(teacher: DiffusionTeacher, teacher_
 
 
 @pytest.mark.parametrize(
-    "name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "StableDiffusionControlNetPipeline"]
+    "name",
+    [
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionUpscalePipeline",
+        "FluxPipeline",
+        ["pipeline", "MyPipeline"],
+    ],
 )
-def test_other_pipelines_are_refused_by_name(pipeline_folder: Path, tmp_path: Path, name: str) -> None:
-    """From the index alone, before any weights are read."""
+def test_other_pipelines_are_refused_by_name(pipeline_folder: Path, tmp_path: Path, name: Any) -> None:
+    """From the index alone, before any weights are read, and whatever code lies in the folder."""
+    (tmp_path / "pipeline.py").write_text("raise SystemExit('ran code of the folder')")
     index = json.loads((pipeline_folder / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
-    with pytest.raises(UnsupportedTeacherError, match=rf"source: .* is a {name}; supported are Stable Diffusion 1\.x"):
+    with pytest.raises(UnsupportedTeacherError, match=re.escape(f"source: {tmp_path} is a {name}; {SUPPORTED}")):
         DiffusionTeacher.from_pretrained(tmp_path)
 
 
@@ -265,20 +284,15 @@ def _unet(**changes: Any) -> Any:
     [
         ({"in_channels": 9}, "unet: it takes 9 channels and predicts 4 (an inpainting, "),
         ({"out_channels": 8}, "unet: it takes 4 channels and predicts 8 ("),
-        (
-            {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 8,
-                "projection_class_embeddings_input_dim": 96,
-            },
-            "unet: it wants conditions beside the text (addition_embed_type='text_time', as in SDXL); supported are",
-        ),
-        ({"num_class_embeds": 3}, "unet: it wants conditions beside the text"),
+        ({"addition_embed_type": "text"}, "unet: it wants conditions that a caption does not give (addition_embed"),
+        ({"num_class_embeds": 3}, "unet: it wants conditions that a caption does not give (num_class_embeds=3)"),
+        ({"time_cond_proj_dim": 8}, "unet: it wants conditions that a caption does not give (time_cond_proj_dim=8)"),
     ],
 )  # fmt: skip
 def test_other_unets_are_refused(teacher_parts: dict[str, Any], changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedTeacherError, match=re.escape(message)):
+    with pytest.raises(UnsupportedTeacherError, match=re.escape(message)) as refused:
         DiffusionTeacher(**{**teacher_parts, "unet": _unet(**changes)})
+    assert str(refused.value).endswith("; " + SUPPORTED)
 
 
 def test_unets_of_other_classes_are_refused(teacher_parts: dict[str, Any]) -> None:
@@ -288,5 +302,5 @@ def test_unets_of_other_classes_are_refused(teacher_parts: dict[str, Any]) -> No
 
 def test_vae_of_other_channels_is_refused(teacher_parts: dict[str, Any]) -> None:
     vae = diffusers.AutoencoderKL(**{**models.VAE_CONFIG, "latent_channels": 16})
-    with pytest.raises(UnsupportedTeacherError, match="vae: expected 4 latent channels, as the U-Net takes, got 16"):
+    with pytest.raises(UnsupportedTeacherError, match="vae: expected 4 latent channels, as the denoiser takes, got 16"):
         DiffusionTeacher(**{**teacher_parts, "vae": vae})
