@@ -14,7 +14,8 @@ import fastsds
 from fastsds.clip import ClipSource, ClipSourceError, ModelMismatchError, export_open_clip, export_tuned
 from fastsds.intcoop import CoOp
 from fastsds.sdsclip import SDSDistiller
-from fastsds.training import DistillConfig, DistillTrainer, IntCoOpConfig, IntCoOpTrainer, read_distilled
+from fastsds.training import DistillConfig, DistillTrainer, read_distilled
+from fastsds.training.checkpoint import checkpoint_folder, save_checkpoint
 
 TEXTS = ["a red circle", "a blue square", "a green triangle", "a small red circle"]
 BASE = ClipSource("toyworld")
@@ -114,9 +115,10 @@ def test_paths_without_a_distilled_model(run: tuple[Path, torch.Tensor], tmp_pat
 def test_a_run_that_leaves_clip_as_it_is(tmp_path: Path) -> None:
     loaded = BASE.load()
     model = CoOp(loaded.model, ["red circle", "blue square"], tokenizer=loaded.tokenizer)
-    rows = [{"images": torch.rand(3, 32, 32), "labels": label} for label in (0, 1)]
-    config = IntCoOpConfig(out=tmp_path / "run", shots=None, steps=1, tensorboard=False, progress=False)
-    IntCoOpTrainer(model, DataLoader(rows, batch_size=2), config).fit()
+    trained = model.trained_parameters()
+    folder = checkpoint_folder(tmp_path / "run" / "checkpoints", 1)
+    state = {"step": 1, "model": model.identity()}
+    save_checkpoint(folder, dict(trained), torch.optim.AdamW(trained.values()), state)
     with pytest.raises(
         ClipSourceError, match="is a checkpoint of CoOp, which leaves CLIP as it is; expected one of SDS"
     ):
