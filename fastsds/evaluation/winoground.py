@@ -95,9 +95,16 @@ def read_winoground(source: str | Path = HUB_ID) -> list[TwoByTwo]:
     Raises:
         DataError: it cannot be read, is empty or not of the format, or images are absent.
     """
-    for path in (Path(source, "examples.jsonl"), Path(source, "data", "examples.jsonl")):
+    root = Path(source)
+    for path in (root / "examples.jsonl", root / "data" / "examples.jsonl"):
         if path.is_file():
-            return _read_unpacked(path, Path(source))
+            return _read_unpacked(path, root)
+    if root.is_dir() and not any(root.rglob("*.parquet")) and not any(root.rglob("state.json")):
+        raise DataError(f"source: expected examples.jsonl, data/examples.jsonl or parquet files in {root}, got none")
+    if not root.exists() and str(source).count("/") != 1:
+        raise DataError(
+            f"source: {source} does not exist; name the folder of examples.jsonl, or a hub id like {HUB_ID}"
+        )
     return _read_table(str(source))
 
 
@@ -124,8 +131,6 @@ def _read_table(source: str) -> list[TwoByTwo]:
     lacking = [name for name in (*_CAPTIONS, *_IMAGES) if name not in table.column_names]
     if lacking:
         raise DataError(f"source: {source} has no column {lacking[0]!r}; it has {table.column_names}")
-    if not len(table):
-        raise DataError(f"source: expected examples in {source}, got none")
     first, second = (TableImages(encoded_images(table, name), name) for name in _IMAGES)
     rows = table.remove_columns(list(_IMAGES))
     return [_example({"id": number, **row}, (first[number], second[number])) for number, row in enumerate(rows)]

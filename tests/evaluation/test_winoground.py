@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import json
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastsds.evaluation import WinogroundScores, winoground_scores, winoground_similarity
+from fastsds.data import DataError
+from fastsds.evaluation import (
+    WinogroundScores,
+    read_winoground,
+    two_by_two_outcomes,
+    winoground_scores,
+    winoground_similarity,
+)
 from fastsds.evaluation.winoground import prefers_own_caption
 
 
@@ -108,3 +117,100 @@ def test_other_than_two_captions_for_two_images_are_refused(
     message = rf"two for each of {len(images)} examples of two images, got 1 rows for images \[{len(images)}, "
     with pytest.raises(ValueError, match=message):
         winoground_similarity(clip, clip.tokenizer, images, captions)
+
+
+def _write_unpacked(root: Path, paint: Any) -> None:
+    rows = []
+    for number, (tags, colours) in enumerate(
+        [({"tag": "Noun", "collapsed_tag": "Object"}, ("red", "green")), ({"tag": "Verb-Transitive"}, ("blue", "red"))]
+    ):
+        names = [f"ex_{number}_img_{side}" for side in (0, 1)]
+        for name, colour in zip(names, colours, strict=True):
+            paint(root / "images" / f"{name}.png", colour)
+        row = {"id": number, "caption_0": f"a {colours[0]} one", "caption_1": f"a {colours[1]} one", **tags}
+        rows.append(json.dumps({**row, "image_0": names[0], "image_1": names[1], "num_main_preds": 1}))
+    (root / "examples.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def test_the_unpacked_folder_is_read(tmp_path: Path, paint: Any, colour_judge: Any) -> None:
+    _write_unpacked(tmp_path, paint)
+    first, second = read_winoground(tmp_path)
+    assert (first.key, first.group, second.key, second.group) == ("0", "Object", "1", "Verb-Transitive")
+    assert second.captions == ("a blue one", "a red one")
+    assert second.images == tuple(tmp_path / "images" / f"ex_1_img_{side}.png" for side in (0, 1))
+    figures = two_by_two_outcomes(colour_judge(), [first, second]).figures
+    assert {figure.micro for figure in figures.values()} == {1}
+
+
+@pytest.mark.parametrize("saved_by", ["save_to_disk", "dataset dict", "parquet"])
+def test_what_datasets_saves_is_read(tmp_path: Path, paint: Any, saved_by: str, monkeypatch: Any) -> None:
+    """As the hub has it: both images inside the rows."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = _hub_table(tmp_path, paint)
+    folder = tmp_path / "saved"
+    if saved_by == "save_to_disk":
+        table.save_to_disk(folder)
+    elif saved_by == "dataset dict":
+        datasets.DatasetDict(test=table).save_to_disk(folder)
+    else:
+        (folder / "data").mkdir(parents=True)
+        table.to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    first, second = read_winoground(folder)
+    assert (first.key, first.group, first.captions) == ("171", "Both", ("a red one", "a green one"))
+    assert [image.getpixel((0, 0)) for example in (first, second) for image in example.load()] == [
+        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 0),
+    ]  # fmt: skip
+
+
+def test_tables_that_are_none_of_winoground_are_named(tmp_path: Path, paint: Any, monkeypatch: Any) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = _hub_table(tmp_path, paint)
+    table.rename_column("caption_1", "text").save_to_disk(tmp_path / "renamed")
+    with pytest.raises(DataError, match=r"source: .*renamed has no column 'caption_1'; it has \[.*'text'.*\]"):
+        read_winoground(tmp_path / "renamed")
+    (tmp_path / "empty").mkdir()
+    table.select([]).to_parquet(tmp_path / "empty" / "test-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"path: .*empty is absent, empty or damaged"):
+        read_winoground(tmp_path / "empty")
+    table.save_to_disk(tmp_path / "broken")
+    arrow = next((tmp_path / "broken").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"path: .*broken .*; name a folder with examples\.jsonl"):
+        read_winoground(tmp_path / "broken")
+
+
+def test_a_truncated_image_in_a_row_is_named(tmp_path: Path, paint: Any) -> None:
+    _hub_table(tmp_path, paint, keep=40).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="image: image_1 of row 0 cannot be read"):
+        read_winoground(tmp_path / "saved")[0].load()
+
+
+@pytest.mark.parametrize("source", ["nowhere", "/nowhere/at/all"])
+def test_a_folder_that_is_not_there_is_named(source: str) -> None:
+    with pytest.raises(DataError, match=rf"source: {source} does not exist; name the folder of examples\.jsonl, or"):
+        read_winoground(source)
+
+
+def _hub_table(root: Path, paint: Any, *, keep: int | None = None) -> Any:
+    """As the hub has it, with the content of image files in the rows (of image_1, the first `keep` bytes)."""
+    import datasets
+
+    colours = [("red", "green"), ("blue", "red")]
+    content = {name: paint(root / f"{name}.png", name).read_bytes() for name in ("red", "green", "blue")}
+    columns = {
+        "id": [171, 172],
+        "image_0": [{"bytes": content[first], "path": None} for first, _ in colours],
+        "image_1": [{"bytes": content[second][:keep], "path": None} for _, second in colours],
+        **{f"caption_{side}": [f"a {pair[side]} one" for pair in colours] for side in (0, 1)},
+        "tag": ["Noun", "Noun"],
+        "collapsed_tag": ["Both", "Object"],
+    }
+    texts = dict.fromkeys(("caption_0", "caption_1", "tag", "collapsed_tag"), datasets.Value("string"))
+    images = dict.fromkeys(("image_0", "image_1"), datasets.Image())
+    return datasets.Dataset.from_dict(
+        columns, features=datasets.Features({"id": datasets.Value("int32"), **images, **texts})
+    )
