@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 Result = TypeVar("Result")
 
@@ -97,27 +97,33 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> R
     return result  # type: ignore[no-any-return]
 
 
-class ProcessShare(BatchSampler):
+class ProcessShare(Sampler[list[int]]):
     """One process's part of every batch: equal parts, consecutive, in the order of the processes."""
 
     def __init__(self, batches: Any, process: int, processes: int) -> None:
-        # Under these names accelerate finds the sampler to reseed.
-        self.batch_sampler = batches
-        for name in ("sampler", "batch_size", "drop_last"):
-            setattr(self, name, getattr(batches, name, None))
-        self.process, self.processes = process, processes
+        self.batches, self.process, self.processes = batches, process, processes
+        self.batch_size, self.drop_last = getattr(batches, "batch_size", None), getattr(batches, "drop_last", False)
+
+    @property
+    def sampler(self) -> Any:
+        """Of rows: accelerate reads it here, and puts one here that it can reseed."""
+        return self.batches.sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Any) -> None:
+        self.batches.sampler = sampler
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batch_sampler:
+        for batch in self.batches:
             part = len(batch) // self.processes
             yield batch[self.process * part : (self.process + 1) * part]
 
     def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.batch_sampler, "set_epoch"):
-            self.batch_sampler.set_epoch(epoch)
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
 
 
 def _check_split(loader: DataLoader[Any], processes: int) -> None:
