@@ -81,6 +81,11 @@ def share_loader(loader: DataLoader[Any], accelerator: Accelerator, seed: int) -
     )  # fmt: skip
 
 
+def stop_workers(loader: Any) -> None:
+    """Ends the workers that wait for another epoch; at exit Python sends them a signal, which they ignore."""
+    loader.base_dataloader._iterator = None
+
+
 def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """Runs `action` in the main process alone; all wait for it and have its result, or raise what it raised."""
     if accelerator.num_processes == 1:
