@@ -50,7 +50,7 @@ def export_open_clip(folder: Path, clip: LoadedCLIP, source: ClipSource) -> None
     identity = ClipIdentity.of(clip.model)
     _require_described(identity, config)
     preprocess = _preprocess_config(clip.model)
-    with _whole(folder) as staging:
+    with whole_path(folder) as staging:
         staging.mkdir()
         document = {"model_cfg": config, "preprocess_cfg": {name: preprocess[name] for name in _PREPROCESS}}
         (staging / OPEN_CLIP_CONFIG).write_text(json.dumps(document, indent=2), encoding="utf-8")
@@ -70,7 +70,7 @@ def export_transformers(folder: Path, clip: LoadedCLIP) -> None:
     from fastsds.clip.transformers_folder import save_processor
 
     model: Any = to_transformers(clip.model)
-    with _whole(folder) as staging:
+    with whole_path(folder) as staging:
         staging.mkdir()
         model.save_pretrained(staging)
         length = model.config.text_config.max_position_embeddings
@@ -88,7 +88,7 @@ def export_tuned(file: Path, tuned: TunedCLIP) -> None:
         raise ValueError(f"out: expected a file that ends with .safetensors, got {file}")
     if not tuned.tensors or tuned.identity is None:
         raise ValueError(f"clip: {tuned.source.name} has no tuned tensors; export a run or a checkpoint")
-    with _whole(file) as staging:
+    with whole_path(file) as staging:
         save_file(_stored(tuned.tensors), staging, tuned.metadata())
 
 
@@ -123,7 +123,7 @@ def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
+def whole_path(target: Path) -> Iterator[Path]:
     """Yields a path beside `target` to write to; it takes the name when the block ends well and vanishes otherwise.
 
     Raises:

@@ -121,6 +121,14 @@ class PrefixTextEncoder(nn.Module):
         words = torch.tensor(row[1 : len(row) - len(bare) + 1], device=self._device, dtype=torch.int64)
         return self._tower.token_embedding.detach()[words]
 
+    def embed_classes(self, context_tokens: int) -> Float[Tensor, "classes tokens width"]:
+        """The tower's token embeddings of every class's prompt without its `context_tokens` context vectors: the start
+        token, class name, what follows it, and padding up to the context they leave; as `end` puts them in order."""
+        length = self._tower.context_length - context_tokens
+        rows = self._rows(0, attribute=False, class_specific=False)
+        tokens = torch.tensor([self._tokenizer.pad(row)[:length] for row in rows], device=self._device)
+        return self._tower.token_embedding.detach()[tokens]
+
     def extra_repr(self) -> str:
         return f"classes={len(self.classnames)}, class_position={self.class_position!r}"
 
