@@ -77,7 +77,8 @@ def read_torchvision(name: str, root: Path, classnames: Sequence[str] | None = N
     """One of torchvision's data sets (`TORCHVISION`) below `root`, its test part; nothing is downloaded.
 
     Args:
-        classnames: in the order of the labels; torchvision's own by default.
+        classnames: in the order of the labels; by default torchvision's own, which are not always words
+            (`AnnualCrop`, `0 - zero`).
 
     Raises:
         DataError: an unknown name, or data that torchvision cannot read.
@@ -144,10 +145,11 @@ def read_templates(source: str | Path) -> tuple[str, ...]:
         return tuple(make("{}") for make in makers)
     path = Path(source)
     found = read_json(path) if path.suffix == ".json" else _read_lines(path)
-    bad = [template for template in found if not isinstance(template, str) or "{}" not in template]
-    if bad or not found or not isinstance(found, (list, tuple)):
+    templates = found if isinstance(found, (list, tuple)) else [found]
+    bad = [template for template in templates if not isinstance(template, str) or "{}" not in template]
+    if bad or not templates:
         raise DataError(f"templates: expected lines with {{}} for the class name in {path}, got {first_names(bad)!r}")
-    return tuple(found)
+    return tuple(templates)
 
 
 def zero_shot_outcomes(
