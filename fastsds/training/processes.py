@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -81,11 +80,6 @@ def share_loader(loader: DataLoader[Any], accelerator: Accelerator, seed: int) -
     )  # fmt: skip
 
 
-def stop_workers(loader: Any) -> None:
-    """Ends the workers that wait for another epoch; at exit Python sends them a signal, which they ignore."""
-    loader.base_dataloader._iterator = None
-
-
 def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """Runs `action` in the main process alone; all wait for it and have its result, or raise what it raised."""
     if accelerator.num_processes == 1:
@@ -146,8 +140,8 @@ def _check_split(loader: DataLoader[Any], processes: int) -> None:
 
 
 def _start_worker(index: int, then: Callable[[int], None] | None) -> None:
-    """Workers outlive the signals that the run is stopped with: its last steps still want batches."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C reaches all of a terminal's processes: workers leave them, as a run's last steps still want batches."""
+    if hasattr(os, "setsid"):
+        os.setsid()
     if then is not None:
         then(index)

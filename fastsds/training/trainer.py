@@ -20,7 +20,7 @@ from fastsds.training import checkpoint
 from fastsds.training.config import TrainConfig, TrainResult
 from fastsds.training.interrupt import StopRequest, TrainingInterrupted
 from fastsds.training.metrics import MetricsLog
-from fastsds.training.processes import on_main_process, share_loader, start_accelerator, stop_workers
+from fastsds.training.processes import on_main_process, share_loader, start_accelerator
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -110,7 +110,6 @@ class Trainer:
             log = stack.enter_context(self._open_log()) if self.accelerator.is_main_process else None
             bar = stack.enter_context(self._open_bar())
             stop = stack.enter_context(StopRequest())
-            stack.callback(stop_workers, self._loader)
             while self._step < self.total_steps:
                 before = self._step
                 for _ in self._epoch(log, bar):

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from fastsds.training import Trainer, TrainingInterrupted
 from fastsds.training.metrics import read_metrics
@@ -80,8 +81,8 @@ def test_a_run_in_another_thread_leaves_signals_alone(toy: Any, loader: Any, con
     assert results[0].step == 3
 
 
-class _SignalledRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Rows whose worker process is sent what a terminal sends to every process of a program."""
+class _GroupRows(Dataset[dict[str, Tensor]]):
+    """Rows that refuse to be read by a process that a terminal signals together with its parent."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -89,21 +90,16 @@ class _SignalledRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if index == 2:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                os.kill(os.getpid(), number)
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        assert os.getpgrp() != os.getpgid(os.getppid())
         return self.rows[index]
 
 
-def test_workers_outlive_the_signals(toy: Any, loader: Any, config: Any, tmp_path: Any) -> None:
-    rows = _SignalledRows(loader().dataset)
-
+def test_workers_do_not_hear_ctrl_c(toy: Any, loader: Any, config: Any, tmp_path: Any) -> None:
     def started(index: int) -> None:
         (tmp_path / f"worker-{index}").touch()
 
-    data = DataLoader(rows, 2, num_workers=1, worker_init_fn=started, multiprocessing_context="fork")
-    module = toy()
-    assert Trainer(module, data, config(steps=6)).fit().step == 6
-    assert len(module.seen) == 6
+    options = {"num_workers": 1, "worker_init_fn": started, "multiprocessing_context": "fork"}
+    data = DataLoader(_GroupRows(loader().dataset), 2, persistent_workers=True, **options)
+    assert Trainer(toy(), data, config(steps=8)).fit().step == 8
     assert (tmp_path / "worker-0").exists()  # the loader's own start is kept

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 
 from fastsds import toyworld
-from fastsds.data import CaptionDataset
-from fastsds.data.captions import collate_captions
+from fastsds.data import CaptionDataset, caption_loader
 from fastsds.data.fewshot import FewShotDataset
 from fastsds.diffusion import TimestepSampler
 from fastsds.intcoop import IntCoOp
@@ -33,25 +32,25 @@ LR = 1e-3
 QUIET: dict[str, Any] = {"lr": LR, "log_every": 2, "tensorboard": False, "progress": False}
 
 
-def distillation(out: Path, rows: int = 10, **options: Any) -> Trainer:
-    """Batches of four, and a last one of two, from pictures; some captions have no candidate beside their own."""
+def distillation(out: Path, rows: int = 10, batch_size: int = 4, workers: int = 0, **options: Any) -> Trainer:
+    """Batches from pictures, the last one smaller; some captions have no candidate beside their own."""
     torch.manual_seed(0)
     clip, preprocess, tokenizer = toyworld.load_clip()
     clip.logit_scale.data.fill_(1.0)  # as trained, it tells these few captions apart and has nothing to learn
     rng = random.Random(1)
-    scenes = [random_single(rng) if row % 3 == 0 or row > 7 else random_pair(rng) for row in range(rows)]
+    scenes = [random_single(rng) if row % 3 == 0 or row in (8, 9) else random_pair(rng) for row in range(rows)]
     captions = [scene.caption for scene in scenes]
     candidates = [(caption, swapped) if (swapped := swap_phrases(caption)) else None for caption in captions]
     data = CaptionDataset(
         [to_pil_image(image) for image in render(scenes, seed=1)], captions, preprocess, tokenizer,
-        candidates=candidates, extra={"candidate_labels": torch.zeros(rows, dtype=torch.int64)},
+        candidates=candidates, extra={"candidate_scores": torch.tensor([0.01, 0.015]).expand(rows, 2)},
     )  # fmt: skip
     run = {"steps": 4, "save_every": 100, **options.pop("run", {})}
     bins = options.pop("bins", None)
     distiller = SDSDistiller(clip, toyworld.load_teacher(), sds_weight=0.1, **options)
     if bins is not None:
         distiller.sds_loss.sampler = TimestepSampler(1000, bins=bins, warmup=1)
-    loader = DataLoader(data, 4, shuffle=True, collate_fn=collate_captions)
+    loader = caption_loader(data, batch_size, workers, drop_last=False)
     return DistillTrainer(distiller, loader, DistillConfig(out=out, **QUIET | run))
 
 
