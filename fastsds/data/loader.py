@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from fastsds.data.captions import CaptionDataset, collate_captions
 
@@ -38,15 +40,27 @@ def caption_loader(
     for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("prefetch", prefetch, 1)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    # Of its own, for how often a loader draws from its generator depends on the workers.
+    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     return DataLoader(
         dataset,
         batch_size,
-        shuffle=shuffle,
+        sampler=order,
         drop_last=drop_last,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate_captions,
+        worker_init_fn=leave_signals if workers else None,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def leave_signals(worker: int) -> None:
+    """Makes a worker leave Ctrl-C to the training process, which may need it to end its step, and go when told to.
+
+    It would inherit a handler that takes SIGTERM for a request to the run, and could not be ended.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
