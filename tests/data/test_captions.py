@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastsds.data import CaptionDataset, DataError, collate_captions
+from fastsds.data import BadImages, CaptionDataset, DataError, collate_captions
+from fastsds.data.captions import EpochCaptions
 
 
 def _preprocess(image: Image.Image) -> Tensor:
@@ -271,3 +272,45 @@ def test_a_batch_is_what_the_distiller_takes(clip: Any, clip_tokenizer: Any) -> 
     (batch,) = DataLoader(dataset, batch_size=3, collate_fn=collate_captions)
     out = SDSDistiller(clip, None, sds_weight=0, ranking_weight=1.0)(**batch)
     assert out.loss.isfinite() and out.ranking > 0
+
+
+def test_swapped_captions_are_candidates_where_there_are_any() -> None:
+    captions = ["a dog on a mat", "a dog", "a red cup left of a blue plate."]
+    dataset = CaptionDataset(IMAGES, captions, _preprocess, _tokenizer).with_swapped_candidates()
+    batch = collate_captions([dataset[row] for row in (2, 1, 0)])
+    assert batch["candidate_rows"].tolist() == [0, 2]
+    assert batch["candidate_captions"] == [
+        ["a red cup left of a blue plate.", "a blue plate left of a red cup."],
+        ["a dog on a mat", "a mat on a dog"],
+    ]
+    assert torch.equal(batch["candidate_tokens"][1], _tokenizer(["a dog on a mat", "a mat on a dog"]))
+    assert batch["captions"] == captions[::-1]
+    only = CaptionDataset(IMAGES, captions, _preprocess, _tokenizer).with_swapped_candidates(["left of"])
+    assert [only[row]["candidates"] is None for row in range(3)] == [True, True, False]
+
+
+def test_swapped_candidates_follow_the_epochs_captions() -> None:
+    captions = EpochCaptions([["a on b", "c in d", "e at f"]] * 3)
+    dataset = CaptionDataset(IMAGES, captions, _preprocess, _tokenizer).with_swapped_candidates()
+    swapped = {"a on b": "b on a", "c in d": "d in c", "e at f": "f at e"}
+    seen = set()
+    for epoch in range(8):
+        dataset.set_epoch(epoch)
+        for row in map(dataset.__getitem__, range(3)):
+            assert row["candidates"]["candidate_captions"] == [row["captions"], swapped[row["captions"]]]
+            seen.add(row["captions"])
+    assert seen == swapped.keys()
+
+
+def test_a_rows_key_is_that_of_the_image_it_holds(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, image in zip(paths, IMAGES, strict=True):
+        image.save(path)
+    dataset = _dataset(paths, bad_images=BadImages(paths, 0.5))
+    keys = [dataset.content_key(row) for row in range(3)]
+    assert len(set(keys)) == 3
+    paths[1].unlink()
+    held = int(dataset[1]["images"][0])  # a picture's red is its number
+    assert held != 1 and dataset.content_key(1) == keys[held]
+    with pytest.raises(DataError, match=r"image: .*1\.png does not exist"):
+        _dataset(paths).content_key(1)
