@@ -11,7 +11,7 @@ FASTSDS_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 AUDITWHEEL := auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*'
 CUDA_ARCHITECTURES ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 
-.PHONY: install demo test lint format weights wheel wheel-cuda bench verify-gpu clean
+.PHONY: install demo test lint format docs weights wheel wheel-cuda bench verify-gpu clean
 
 install: $(INSTALLED)  ## Make the virtual environment and install everything into it.
 
@@ -43,6 +43,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+docs: install  ## Build the documentation into site/.
+	$(BIN)/python -m mkdocs build --strict
 
 weights: install  ## Train the toy world's models anew (about an hour).
 	$(BIN)/python -m fastsds.toyworld.train --out fastsds/toyworld/weights
