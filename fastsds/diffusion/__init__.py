@@ -2,6 +2,7 @@
 
 from fastsds.diffusion.cache import TensorCache
 from fastsds.diffusion.conditioning import TextConditioning
+from fastsds.diffusion.decisions import Answer, Question, share_kept
 from fastsds.diffusion.families import UnsupportedTeacherError
 from fastsds.diffusion.loss import SDSLoss
 from fastsds.diffusion.schedule import NoiseSchedule
@@ -11,9 +12,11 @@ from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.diffusion.timesteps import SeedStream, TimestepSampler
 
 __all__ = [
+    "Answer",
     "DiffusionScorer",
     "DiffusionTeacher",
     "NoiseSchedule",
+    "Question",
     "SDSLoss",
     "SeedStream",
     "TeacherSource",
@@ -21,4 +24,5 @@ __all__ = [
     "TextConditioning",
     "TimestepSampler",
     "UnsupportedTeacherError",
+    "share_kept",
 ]

@@ -120,7 +120,7 @@ class DiffusionScorer:
         draws, each spread over the whole range, and dropped as `Race` says. What is decided early is thus decided
         on a part of the same sum that the full grid has.
 
-        Comparisons are taken from their iterator as the U-Net can take more, and share its batches: every batch but
+        Questions are taken from their iterator as the U-Net can take more, and share its batches: every batch but
         the last ones has `unet_batch` noised latents.
 
         Args:
@@ -138,8 +138,7 @@ class DiffusionScorer:
             raise ValueError(f"first_draws: expected from 4 to draws={draws}, got {first_draws}")
         if not 0 < confidence <= 1:
             raise ValueError(f"confidence: expected a probability in (0, 1], got {confidence}")
-        seeds, device = SeedStream(self.seed), self.teacher.device
-        order = torch.tensor(spread_order(draws), device=device)
+        seeds = SeedStream(self.seed)
         source = enumerate(questions)
         answers: dict[int, Answer] = {}
         queue: deque[_Piece] = deque()
@@ -156,14 +155,11 @@ class DiffusionScorer:
         while True:
             while queued < self.unet_batch and (entry := next(source, None)) is not None:
                 position, question = entry
-                seed = seeds.next(device)
-                draw = sample_timesteps(
-                    self.teacher.schedule, 1, draws, seed,
-                    strategy="stratified", t_range=self.t_range, weighting=self.weighting,
-                )  # fmt: skip
-                draw = TimestepDraw(*(value[0, order].unsqueeze(1) for value in draw))
-                race = Race(question, draw.t[:, 0], first_draws=first_draws, confidence=confidence)
-                enqueue(_Run(position, race, question.latents.to(device), draw, seed))
+                # On the CPU, whose generator gives the same seeds to every teacher.
+                seed = seeds.next(torch.device("cpu")).to(self.teacher.device)
+                grid = self._grid(draws, seed)
+                race = Race(question, grid.t[:, 0], first_draws=first_draws, confidence=confidence)
+                enqueue(_Run(position, race, question.latents.to(self.teacher.device), grid, seed))
             if not queue:
                 return [answers[position] for position in range(len(answers))]
             pieces = _take(queue, self.unet_batch)
@@ -171,6 +167,15 @@ class DiffusionScorer:
             for piece, losses in zip(pieces, self._losses(pieces), strict=True):
                 if piece.run.race.record(piece.pair, piece.start, losses):
                     enqueue(piece.run)
+
+    def _grid(self, draws: int, seed: Tensor) -> TimestepDraw:
+        """Stratified timesteps and their coefficients, each `[draws, 1]`, in the order of evaluation."""
+        order = torch.tensor(spread_order(draws), device=seed.device)
+        draw = sample_timesteps(
+            self.teacher.schedule, 1, draws, seed,
+            strategy="stratified", t_range=self.t_range, weighting=self.weighting,
+        )  # fmt: skip
+        return TimestepDraw(*(value[0, order].unsqueeze(1) for value in draw))
 
     def _losses(self, pieces: Sequence[_Piece]) -> Sequence[Float[Tensor, "draws"]]:
         """The losses of each piece's draws, on the CPU, from one U-Net call."""
@@ -207,7 +212,7 @@ class _Run(NamedTuple):
     position: int
     race: Race
     latents: Float[Tensor, "images channels height width"]
-    grid: TimestepDraw  # [draws, 1], in the order of evaluation
+    grid: TimestepDraw  # [draws, 1]
     seed: Int[Tensor, ""]
 
 

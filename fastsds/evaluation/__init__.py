@@ -16,6 +16,7 @@ from fastsds.evaluation.classification import (
     zero_shot_outcomes,
 )
 from fastsds.evaluation.compare import Comparison, FigureComparison, compare
+from fastsds.evaluation.diffusion_score import DecisionCost, DiffusionOutcomes, diffusion_outcomes
 from fastsds.evaluation.examples import CaptionChoice, TwoByTwo
 from fastsds.evaluation.judge import ClipJudge, Judge, caption_choice_outcomes, two_by_two_outcomes
 from fastsds.evaluation.outcomes import Figure, Outcomes, read_outcomes
@@ -35,6 +36,8 @@ __all__ = [
     "ClassifiedImages",
     "ClipJudge",
     "Comparison",
+    "DecisionCost",
+    "DiffusionOutcomes",
     "Figure",
     "FigureComparison",
     "Judge",
@@ -47,6 +50,7 @@ __all__ = [
     "classification_accuracy",
     "compare",
     "comparison_table",
+    "diffusion_outcomes",
     "encode_captions",
     "encode_images",
     "exact_mcnemar",
