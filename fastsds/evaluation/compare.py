@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class FigureComparison:
     lost: int
     """Samples that only the first model has right."""
     p_value: float
-    """McNemar's exact test, two-sided, of the samples."""
+    """McNemar's exact test, two-sided; where samples depend on each other, of their units by sign."""
     macro_before: float | None = None
     macro_after: float | None = None
     macro_difference: float | None = None
@@ -69,16 +70,22 @@ def compare(before: Outcomes, after: Outcomes, *, resamples: int = 2000, seed: i
 def _compare(name: str, before: Figure, after: Figure, resamples: int, seed: int) -> FigureComparison:
     earlier = dict(zip(before.keys, before.hits, strict=True))
     _check_same(name, before.keys, after.keys)
-    if dict(zip(before.keys, before.groups or (), strict=False)) != dict(
-        zip(after.keys, after.groups or (), strict=False)
-    ):
-        raise ValueError(f"groups: expected those of {name} to be the same of both; evaluate both on the same files")
+    for column in ("groups", "units"):
+        first, second = (dict(zip(one.keys, getattr(one, column) or (), strict=False)) for one in (before, after))
+        if first != second:
+            raise ValueError(f"{column}: expected those of {name} to be the same; evaluate both on the same files")
     differences = [hit - earlier[key] for key, hit in zip(after.keys, after.hits, strict=True)]
-    gained, lost = differences.count(1), differences.count(-1)
-    low, high = bootstrap_interval(differences, resamples=resamples, seed=seed)
+    low, high = bootstrap_interval(differences, None, after.units, resamples=resamples, seed=seed)
+    by_unit = Counter[str]()
+    for unit, difference in zip(after.units or after.keys, differences, strict=True):
+        by_unit[unit] += int(difference)
+    signs = list(by_unit.values())
+    p_value = exact_mcnemar(sum(sign > 0 for sign in signs), sum(sign < 0 for sign in signs))
     macro: dict[str, float] = {}
     if before.macro is not None and after.macro is not None:
-        macro_low, macro_high = bootstrap_interval(differences, after.groups, resamples=resamples, seed=seed)
+        macro_low, macro_high = bootstrap_interval(
+            differences, after.groups, after.units, resamples=resamples, seed=seed
+        )
         macro = {
             "macro_before": before.macro,
             "macro_after": after.macro,
@@ -87,8 +94,8 @@ def _compare(name: str, before: Figure, after: Figure, resamples: int, seed: int
             "macro_high": macro_high,
         }
     return FigureComparison(
-        len(differences), before.micro, after.micro, after.micro - before.micro, low, high, gained, lost,
-        exact_mcnemar(gained, lost), **macro,
+        len(differences), before.micro, after.micro, after.micro - before.micro, low, high,
+        differences.count(1), differences.count(-1), p_value, **macro,
     )  # fmt: skip
 
 

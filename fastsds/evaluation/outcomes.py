@@ -33,11 +33,13 @@ class Figure:
     """Group of each sample, or None where the benchmark has none."""
     chance: float | None = None
     """What guessing scores, in [0, 1]."""
+    units: tuple[str, ...] | None = None
+    """What each sample was drawn with, where samples depend on each other: the two images of a Winoground example."""
 
     def __post_init__(self) -> None:
         if not self.hits or not set(self.hits) <= {0, 1}:
             raise ValueError(f"hits: expected at least one, each 0 or 1, got {len(self.hits)}: {self.hits[:5]}")
-        for name, column in (("keys", self.keys), ("groups", self.groups)):
+        for name, column in (("keys", self.keys), ("groups", self.groups), ("units", self.units)):
             if column is not None and len(column) != len(self.hits):
                 raise ValueError(f"{name}: expected one for each of {len(self.hits)} hits, got {len(column)}")
         if len(set(self.keys)) < len(self.keys):
@@ -61,10 +63,10 @@ class Figure:
             ValueError: it marks none, or is of another length.
         """
 
-        def pick(column: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(value for value, keep in zip(column, kept, strict=True) if keep)
+        def pick(column: tuple[Any, ...] | None) -> Any:
+            return None if column is None else tuple(value for value, keep in zip(column, kept, strict=True) if keep)
 
-        return Figure(pick(self.hits), pick(self.keys), None if self.groups is None else pick(self.groups), self.chance)
+        return Figure(pick(self.hits), pick(self.keys), pick(self.groups), self.chance, pick(self.units))
 
     def group_means(self) -> dict[str, float]:
         """The mean over the samples of each group, by the groups' names in order."""
@@ -94,15 +96,11 @@ class Outcomes:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Outcomes:
-        figures = {
-            name: Figure(
-                tuple(figure["hits"]),
-                tuple(figure["keys"]),
-                None if figure["groups"] is None else tuple(figure["groups"]),
-                figure["chance"],
-            )
-            for name, figure in document["figures"].items()
-        }
+        columns = ("hits", "keys", "groups", "units")
+        figures = {}
+        for name, figure in document["figures"].items():
+            hits, keys, groups, units = (None if figure[one] is None else tuple(figure[one]) for one in columns)
+            figures[name] = Figure(hits or (), keys or (), groups, figure["chance"], units)
         return cls(document["benchmark"], figures)
 
 
@@ -157,5 +155,6 @@ def pairing_outcomes(
         tuple(f"{key} image {side}" for key in keys for side in (0, 1)),
         None if groups is None else tuple(group for group in groups for _ in (0, 1)),
         1 / 2,
+        tuple(key for key in keys for _ in (0, 1)),
     )
     return Outcomes(benchmark, figures)

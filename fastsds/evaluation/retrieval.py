@@ -97,13 +97,14 @@ def retrieval_outcomes(
         f"{key} caption {at}" for key, texts in zip(image_keys, data.captions, strict=True) for at in range(len(texts))
     )
     figures = {}
-    for name, ranks, keys, right, candidates in (
-        ("text-to-image", of_captions, caption_keys, [1], len(images)),
-        ("image-to-text", of_images, image_keys, [len(row) for row in data.captions], len(texts)),
+    of_one_image = tuple(key for key, row in zip(image_keys, data.captions, strict=True) for _ in row)
+    for name, ranks, keys, units, right, candidates in (
+        ("text-to-image", of_captions, caption_keys, of_one_image, [1], len(images)),
+        ("image-to-text", of_images, image_keys, None, [len(row) for row in data.captions], len(texts)),
     ):
         for k in ks:
             chance = statistics.fmean(_chance(k, own, candidates) for own in right)
-            figures[f"{name} R@{k}"] = Figure(tuple((ranks < k).double().tolist()), keys, None, chance)
+            figures[f"{name} R@{k}"] = Figure(tuple((ranks < k).double().tolist()), keys, None, chance, units)
     return Outcomes(benchmark, figures)
 
 

@@ -59,41 +59,47 @@ def _t_quantile(freedom: int) -> float:
 def bootstrap_interval(
     values: Sequence[float],
     groups: Sequence[str] | None = None,
+    units: Sequence[str] | None = None,
     *,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean (Efron, 1979), samples taken as independent.
+    """Percentile bootstrap interval of a mean (Efron, 1979).
 
     Args:
         values: one per sample: hits, or differences of two models' hits.
         groups: the mean is that of the groups' means where given; samples are then resampled within their group.
-        resamples: how often the samples are drawn again, with replacement.
+        units: samples of one unit depend on each other, and are drawn together; each its own by default.
+        resamples: how often the units are drawn again, with replacement.
         seed: of the draws; the same seed gives the same interval.
 
     Raises:
-        ValueError: no values, another number of groups, or a confidence outside (0, 1).
+        ValueError: no values, another number of groups or units, or a confidence outside (0, 1).
     """
-    if not values or (groups is not None and len(groups) != len(values)):
-        count = "none" if groups is None else len(groups)
-        raise ValueError(f"values: expected at least one, and groups for each, got {len(values)} and groups {count}")
-    if not 0 < confidence < 1 or resamples < 1:
+    for name, column in (("groups", groups), ("units", units)):
+        if column is not None and len(column) != len(values):
+            raise ValueError(f"{name}: expected one for each of {len(values)} values, got {len(column)}")
+    if not values or not 0 < confidence < 1 or resamples < 1:
         raise ValueError(
-            f"confidence, resamples: expected one inside (0, 1) and at least 1, got {confidence} and {resamples}"
+            f"values, confidence, resamples: expected at least one, inside (0, 1) and at least 1, got {len(values)}, "
+            f"{confidence} and {resamples}"
         )
+    at = np.arange(len(values)) if units is None else np.unique(np.asarray(units), return_inverse=True)[1]
+    sums, sizes = np.bincount(at, weights=np.asarray(values, dtype=float)), np.bincount(at)
+    group_of = np.zeros(len(sizes), dtype=int)
+    if groups is not None:
+        group_of[at] = np.unique(np.asarray(groups), return_inverse=True)[1]
     rng = np.random.default_rng(seed)
-    by_group: dict[str, list[float]] = {}
-    for group, value in zip([""] * len(values) if groups is None else groups, values, strict=True):
-        by_group.setdefault(group, []).append(value)
     means = np.zeros(resamples)
-    for members in by_group.values():
-        # How often each distinct value is drawn says it all: a handful of numbers and not one per sample.
-        distinct, counts = np.unique(members, return_counts=True)
+    for group in range(group_of.max() + 1):
+        members = np.stack([sums, sizes], axis=1)[group_of == group]
+        # How often each distinct unit is drawn says it all: a handful of numbers and not one per sample.
+        distinct, counts = np.unique(members, axis=0, return_counts=True)
         drawn = rng.multinomial(len(members), counts / len(members), size=resamples)
-        means += drawn @ distinct / len(members)
+        means += (drawn @ distinct[:, 0]) / (drawn @ distinct[:, 1])
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means / len(by_group), [tail, 1 - tail])
+    low, high = np.quantile(means / (group_of.max() + 1), [tail, 1 - tail])
     return float(low), float(high)
 
 

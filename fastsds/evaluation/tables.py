@@ -75,10 +75,10 @@ def result_rows(outcomes: Outcomes) -> list[Row]:
     """A row per figure: samples, micro and macro means with 95 % bootstrap intervals, groups, chance; in [0, 1]."""
     rows: list[Row] = []
     for name, figure in outcomes.figures.items():
-        low, high = bootstrap_interval(figure.hits)
+        low, high = bootstrap_interval(figure.hits, None, figure.units)
         macro_low = macro_high = None
         if figure.groups is not None:
-            macro_low, macro_high = bootstrap_interval(figure.hits, figure.groups)
+            macro_low, macro_high = bootstrap_interval(figure.hits, figure.groups, figure.units)
         rows.append({
             "figure": name, "samples": len(figure.hits), "micro": figure.micro, "low": low, "high": high,
             "macro": figure.macro, "macro_low": macro_low, "macro_high": macro_high,
@@ -138,7 +138,7 @@ def comparison_table(comparison: Comparison) -> str:
         ]
         for name, row in comparison.figures.items()
     ]  # fmt: skip
-    note = "p: McNemar's exact test. Intervals: paired percentile bootstrap."
+    note = "p: McNemar's exact test, two-sided. Intervals: paired percentile bootstrap."
     return f"{_markdown(header, body)}\n{note}\n"
 
 

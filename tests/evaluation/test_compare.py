@@ -50,6 +50,22 @@ def test_pairing_narrows_the_interval() -> None:
     assert row.p_value == pytest.approx(2 / 2**8)
 
 
+def test_samples_of_one_unit_count_once() -> None:
+    """Ten examples of two images: both images of eight examples are gained, one image of one is lost."""
+    keys = tuple(f"{example} image {side}" for example in range(10) for side in (0, 1))
+    units = tuple(str(example) for example in range(10) for _ in (0, 1))
+    earlier, later = [0] * 16 + [1, 1] + [1, 0], [1] * 16 + [0, 1] + [0, 1]
+    before, after = (
+        Outcomes("toy", {"pair": Figure(tuple(hits), keys, None, 0.5, units)}) for hits in (earlier, later)
+    )
+    row = compare(before, after).figures["pair"]
+    assert (row.samples, row.gained, row.lost) == (20, 17, 2)
+    assert row.p_value == pytest.approx(binomtest(8, 9).pvalue)  # the last example gains as much as it loses
+    other = Outcomes("toy", {"pair": Figure(tuple(later), keys, None, 0.5)})
+    with pytest.raises(ValueError, match="units: expected those of pair to be the same; "):
+        compare(before, other)
+
+
 def test_a_seed_gives_the_same_interval() -> None:
     before = _outcomes({str(row): row % 2 for row in range(40)})
     after = _outcomes({str(row): row % 3 % 2 for row in range(40)})
@@ -66,7 +82,7 @@ def test_a_seed_gives_the_same_interval() -> None:
         ),
         (_outcomes({"a": 1, "b": 0}), r"only the first has 1 \(c\) and only the second none"),
         (_outcomes({"a": 1, "b": 0, "c": 1}, benchmark="aro"), "benchmark: expected the same of both, got 'toy' and"),
-        (_outcomes({"a": 1, "b": 0, "c": 1}, ("x", "x", "y")), "groups: expected those of accuracy to be the same"),
+        (_outcomes({"a": 1, "b": 0, "c": 1}, ("x", "x", "y")), "groups: expected those of accuracy to be the same; "),
         (Outcomes("toy", {"text": Figure((1,), ("a",))}), "figures: expected the same of both, only one has accuracy"),
     ],
 )

@@ -57,11 +57,12 @@ def test_pairings_give_winogrounds_figures():
     hits = {name: figure.hits for name, figure in outcomes.figures.items()}
     assert hits == {"text": (1, 0), "image": (1, 1), "group": (1, 0), "pair": (1, 1, 1, 0)}
     assert outcomes.figures["pair"].keys == ("0 image 0", "0 image 1", "1 image 0", "1 image 1")
+    assert outcomes.figures["pair"].units == ("0", "0", "1", "1")
     assert outcomes.figures["pair"].groups == ("Object", "Object", "Both", "Both")
 
 
 def test_outcomes_come_back_from_their_file(tmp_path):
-    outcomes = Outcomes("toy", {"accuracy": Figure((1, 0), ("a", "b"), ("on", "under"), 0.5)})
+    outcomes = Outcomes("toy", {"accuracy": Figure((1, 0), ("a", "b"), ("on", "under"), 0.5, ("u", "u"))})
     (tmp_path / "outcomes.json").write_text(json.dumps(outcomes.to_json()))
     assert read_outcomes(tmp_path) == read_outcomes(tmp_path / "outcomes.json") == outcomes
 

@@ -94,6 +94,27 @@ def test_bootstrap_has_its_coverage() -> None:
     assert 0.90 <= covered / 400 <= 0.98  # 95 %, and four standard errors of a percentile interval of 100 samples
 
 
+def test_units_are_drawn_whole() -> None:
+    """Against scipy's bootstrap of the units' means, which are of equal size; order and names do not matter."""
+    rng = np.random.default_rng(7)
+    table = (rng.random((80, 1)) < rng.random((80, 4)) * 0.3 + 0.4 * (rng.random((80, 1)) < 0.5)).astype(float)
+    order = rng.permutation(320)
+    values, units = table.ravel()[order].tolist(), [f"unit {at // 4}" for at in order]
+    low, high = bootstrap_interval(values, None, units, resamples=20_000)
+    expected = stats.bootstrap(
+        (table.mean(axis=1),), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(8)
+    ).confidence_interval
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.004)
+    alone = bootstrap_interval(values, resamples=20_000)
+    assert high - low > 1.2 * (alone[1] - alone[0])  # samples that depend on each other say less
+
+
+def test_units_of_unequal_size_weigh_by_their_samples() -> None:
+    low, high = bootstrap_interval([1.0, 1.0, 1.0, 0.0], None, ["a", "a", "a", "b"], confidence=0.4)
+    assert (low, high) == (0.75, 0.75)  # of the four equally likely draws two have both units
+    assert bootstrap_interval([1.0, 1.0, 1.0, 0.0], None, ["a", "a", "a", "b"], confidence=0.99) == (0, 1)
+
+
 def test_bootstrap_follows_its_seed_and_confidence() -> None:
     hits = [1.0, 0.0] * 25
     assert bootstrap_interval(hits, seed=3) == bootstrap_interval(hits, seed=3)
@@ -106,10 +127,11 @@ def test_bootstrap_follows_its_seed_and_confidence() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (([],), {}, "values: expected at least one, and groups for each, got 0 and groups none"),
-        (([1.0, 0.0], ["on"]), {}, "values: expected at least one, and groups for each, got 2 and groups 1"),
-        (([1.0],), {"confidence": 1.0}, r"confidence, resamples: expected one inside \(0, 1\) .* got 1.0 and 2000"),
-        (([1.0],), {"resamples": 0}, "got 0.95 and 0"),
+        (([],), {}, r"values, confidence, resamples: expected at least one, .* got 0, 0.95 and 2000"),
+        (([1.0, 0.0], ["on"]), {}, "groups: expected one for each of 2 values, got 1"),
+        (([1.0, 0.0], None, ["a"] * 3), {}, "units: expected one for each of 2 values, got 3"),
+        (([1.0],), {"confidence": 1.0}, "got 1, 1.0 and 2000"),
+        (([1.0],), {"resamples": 0}, "got 1, 0.95 and 0"),
     ],
 )
 def test_bootstrap_names_what_is_wrong(arguments: Any, options: dict[str, Any], message: str) -> None:
