@@ -94,7 +94,7 @@ class ClipSource:
         if architecture_of(self.name):
             if self.pretrained and Path(self.pretrained).is_file():
                 document["pretrained"] = str(Path(self.pretrained).absolute())
-        elif self.name != TOYWORLD and (folder := folder_of(self.name)):
+        elif self.name not in ("", TOYWORLD) and (folder := folder_of(self.name)):
             document["name"] = str(folder.absolute())
         if self.cache_dir is not None:
             document["cache_dir"] = str(self.cache_dir.absolute())
