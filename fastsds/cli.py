@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import sys
 import traceback
@@ -15,48 +16,66 @@ class Command(NamedTuple):
     """A command; its module is imported when it is asked for, so that the others cost nothing."""
 
     module: str
+    """In `fastsds.commands`."""
     config: str
     """The dataclass of its options, in that module."""
     run: str
     """The function of a config, in that module."""
     summary: str
-    examples: tuple[str, ...] = ()
 
 
 COMMANDS = {
     "demo": Command(
-        "fastsds.commands.demos",
-        "DemoConfig",
-        "run_demo",
-        "distil the toy teacher into the toy CLIP and report what it brought: minutes, no download",
-        ("fastsds demo", "fastsds demo --seeds 3 --steps 800 --out report"),
+        "demos", "DemoConfig", "run_demo", "distil the toy teacher into the toy CLIP and report: minutes, no download"
     ),
     "intcoop-demo": Command(
-        "fastsds.commands.demos",
-        "IntCoOpDemoConfig",
-        "run_intcoop_demo",
-        "prompt-tune the toy CLIP with IntCoOp and its baselines: minutes, no download",
-        ("fastsds intcoop-demo", "fastsds intcoop-demo --seeds 1 --methods coop intcoop"),
-    ),
-    "attributes": Command(
-        "fastsds.commands.attributes",
-        "AttributesConfig",
-        "run_attributes",
-        "ask BLIP-2 for an attribute of every training image, as IntCoOp trains on",
-        ("fastsds attributes --images caltech-101 --split split_zhou_Caltech101.json --out attributes.jsonl",),
+        "demos", "IntCoOpDemoConfig", "run_intcoop_demo", "prompt-tune the toy CLIP and report: minutes, no download"
     ),
     "toyworld": Command(
-        "fastsds.commands.toyworld",
+        "toyworld",
         "ToyWorldConfig",
         "run_toyworld",
-        "write the toy world as COCO captions, a Winoground folder and few-shot folders",
-        ("fastsds toyworld", "fastsds toyworld --out tiny --captions 64 --pairs 8"),
+        "write the toy world as files: COCO captions, Winoground, few shots",
+    ),
+    "distill": Command(
+        "distill", "DistillRun", "run_distill", "distil a text-to-image diffusion model into CLIP (SDS-CLIP)"
+    ),
+    "intcoop": Command(
+        "intcoop", "IntCoOpRun", "run_intcoop", "prompt-tune CLIP with predicted attributes (IntCoOp), or a baseline"
+    ),
+    "attributes": Command(
+        "attributes", "AttributesConfig", "run_attributes", "ask BLIP-2 for an attribute of every training image"
+    ),
+    "evaluate winoground": Command(
+        "evaluate", "WinogroundEvaluation", "run_winoground", "text, image and group score on Winoground"
+    ),
+    "evaluate aro": Command("evaluate", "AroEvaluation", "run_aro", "relations, attributes and word order by ARO"),
+    "evaluate sugarcrepe": Command(
+        "evaluate", "SugarCrepeEvaluation", "run_sugarcrepe", "captions against fluent wrong ones, seven splits"
+    ),
+    "evaluate zeroshot": Command(
+        "evaluate", "ZeroShotEvaluation", "run_zeroshot", "classification by prompt templates"
+    ),
+    "evaluate retrieval": Command(
+        "evaluate", "RetrievalEvaluation", "run_retrieval", "images by captions and captions by images, R@1, 5, 10"
+    ),
+    "evaluate base-to-novel": Command(
+        "base_to_novel", "BaseToNovelEvaluation", "run_base_to_novel", "a prompt-tuning run on base and novel classes"
+    ),
+    "evaluate diffusion-score": Command(
+        "diffusion_score",
+        "DiffusionScoreEvaluation",
+        "run_diffusion_score",
+        "the diffusion model as the judge of these",
+    ),
+    "export": Command(
+        "export",
+        "ExportConfig",
+        "run_export",
+        "write a distilled CLIP for open_clip or transformers, or its tensors alone",
     ),
     "info": Command(
-        "fastsds.commands.info",
-        "InfoConfig",
-        "run_info",
-        "print versions, devices, and for every op the backend that serves it and why",
+        "info", "InfoConfig", "run_info", "print versions, devices, and for every op the backend that serves it and why"
     ),
 }
 
@@ -100,9 +119,9 @@ def _run(words: Sequence[str]) -> int:
     from fastsds.commands.configs import parse
 
     command = COMMANDS[name]
-    module = import_module(command.module)
+    module = import_module(f"fastsds.commands.{command.module}")
     kind = getattr(module, command.config)
-    config = parse(kind, rest, command=name, description=_description(kind.__doc__ or "", command))
+    config = parse(kind, rest, command=name, description=_description(kind))
     getattr(module, command.run)(config)
     return 0
 
@@ -138,12 +157,10 @@ def _overview(group: str, rest: Sequence[str]) -> int:
     return 0 if rest else 2
 
 
-def _description(docstring: str, command: Command) -> str:
-    paragraphs = [docstring.strip()]
-    if command.examples:
-        paragraphs.append("examples:\n" + "\n".join(f"  {example}" for example in command.examples))
-    paragraphs.append("Every option can also stand in a YAML file: --config FILE.yaml, overridden by the command line.")
-    return "\n\n".join(paragraphs)
+def _description(config: type) -> str:
+    """What the command does, with examples where the docstring has them."""
+    general = "Every option can also stand in a YAML file: --config FILE.yaml, overridden by the command line."
+    return f"{inspect.cleandoc(config.__doc__ or '')}\n\n{general}"
 
 
 def _print_columns(rows: Sequence[tuple[str, str]]) -> None:

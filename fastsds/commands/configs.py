@@ -61,11 +61,16 @@ def read_config(path: Path, kind: type[Config]) -> Config:
 
 def save_config(path: Path, config: Any, command: str) -> None:
     """Writes every option of a config, so that `fastsds <command> --config <path>` runs it again."""
-    text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(f"# fastsds {command} --config {path.name}\n{text}", encoding="utf-8")
+    staging.write_text(config_text(config, command), encoding="utf-8")
     staging.replace(path)
+
+
+def config_text(config: Any, command: str) -> str:
+    """Every option of a config as YAML, under the command line that reads it."""
+    text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    return f"# fastsds {command} --config {FILE_NAME}\n{text}"
 
 
 def to_plain(value: Any) -> Any:

@@ -59,7 +59,12 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Distil the toy teacher into the toy CLIP and compare with the controls."""
+    """Distil the toy teacher into the toy CLIP and compare with the controls.
+
+    examples:
+      fastsds demo
+      fastsds demo --seeds 3 --steps 800 --out report
+    """
 
     out: Path = Path("fastsds-demo")
     """Folder of the report."""

@@ -18,7 +18,12 @@ from fastsds.toyworld.tasks import Split, composition_pairs, training_scenes
 
 @dataclass(frozen=True)
 class ToyWorldConfig:
-    """Write the toy world's scenes as COCO captions, a Winoground folder and few-shot folders with attributes."""
+    """Write the toy world's scenes as COCO captions, a Winoground folder and few-shot folders with attributes.
+
+    examples:
+      fastsds toyworld
+      fastsds toyworld --out tiny --captions 64 --pairs 8
+    """
 
     out: Path = Path("toyworld-data")
     """Folder that receives `coco`, `winoground` and `fewshot`; it must not exist."""
@@ -70,7 +75,7 @@ def write_captions(folder: Path, count: int, seed: int = 0) -> None:
 
 def write_winoground(folder: Path, count: int, split: Split = "test") -> None:
     """Winoground's layout: `examples.jsonl` and `images`; the tag says what the captions exchange."""
-    lines = []
+    lines: list[str] = []
     for swap, share in (("relation", count - count // 2), ("attribute", count // 2)):
         pairs = composition_pairs(swap, share, split)  # type: ignore[arg-type]
         for images, captions in zip(pairs.images, pairs.captions, strict=True):

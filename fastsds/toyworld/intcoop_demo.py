@@ -33,7 +33,12 @@ MAIN_METHODS = ("zero_shot", "coop", "cocoop", "intcoop")
 
 @dataclass(frozen=True)
 class IntCoOpDemoConfig:
-    """Prompt-tune the toy CLIP on a few pictures of half of the shapes, and measure it on both halves."""
+    """Prompt-tune the toy CLIP on a few pictures of half of the shapes, and measure it on both halves.
+
+    examples:
+      fastsds intcoop-demo
+      fastsds intcoop-demo --seeds 1 --methods coop intcoop
+    """
 
     out: Path = Path("fastsds-intcoop-demo")
     """Folder of the report."""
