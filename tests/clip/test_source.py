@@ -20,6 +20,7 @@ from fastsds.clip import ClipSource, ClipSourceError
 from fastsds.clip.identity import activation_of
 from fastsds.toyworld import CLIP_FOLDER
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 TEXTS = ["a red circle", "a large blue square above a small green triangle"]
 
 
@@ -91,6 +92,41 @@ def test_a_transformers_folder_is_what_transformers_loads(
     # Two resizers of 8-bit pixels may round apart; 0.02 is about a step of 1/255 after normalisation.
     assert (preprocess(photo) - both["pixel_values"][0]).abs().max() < 0.02
     assert clip.visual.image_mean == (0.1, 0.2, 0.3)
+
+
+def _cache(cache: Path, folder: Path) -> None:
+    """Puts a folder where the hub's client keeps what it has downloaded of `org/<name of the folder>`."""
+    repository = cache / f"models--org--{folder.name}"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (absent := repository / ".no_exist" / ("0" * 40)).mkdir(parents=True)
+    for name in {"config.json", "open_clip_config.json"} - {path.name for path in folder.iterdir()}:
+        (absent / name).touch()
+
+
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+def test_hub_ids_of_both_kinds(
+    prefix: str, tmp_path: Path, make_transformers_clip: Callable[..., Any], assert_same_features: Callable[..., None],
+    save_transformers_folder: Callable[..., Path],
+) -> None:  # fmt: skip
+    model = make_transformers_clip()
+    _cache(tmp_path / "cache", save_transformers_folder(model, tmp_path / "theirs"))
+    shutil.copytree(CLIP_FOLDER, folder := tmp_path / "ours")
+    document = json.loads((folder / "open_clip_config.json").read_text())
+    document["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "org/ours"
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    _cache(tmp_path / "cache", folder)
+    source = ClipSource(f"{prefix}org/theirs", cache_dir=tmp_path / "cache")
+    clip, _, tokenizer = source.load()
+    assert_same_features(clip, model)
+    assert source.model_config()["quick_gelu"] is True
+    ours = ClipSource(f"{prefix}org/ours", cache_dir=tmp_path / "cache")
+    expected = ClipSource(str(CLIP_FOLDER)).load()
+    loaded = ours.load()
+    assert torch.equal(tokenizer(TEXTS), loaded.tokenizer(TEXTS))
+    assert torch.equal(loaded.model.encode_text(loaded.tokenizer(TEXTS)), expected.model.encode_text(tokenizer(TEXTS)))
+    assert ours.model_config()["embed_dim"] == 128
 
 
 def test_squashed_images_and_old_files_of_transformers(
@@ -272,7 +308,7 @@ def test_a_truncated_file(suffix: str, architecture: Callable[..., str], tmp_pat
         (lambda folder: (folder / "model.safetensors").unlink(), "could not be loaded: .*model.safetensors"),
         (lambda folder: [path.unlink() for path in folder.glob("*processor_config.json")], "image processor"),
         (
-            lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+            lambda folder: [(folder / name).unlink(missing_ok=True) for name in TOKENIZER_FILES],
             "holds no tokenizer: expected tokenizer.js",
         ),
         (lambda folder: _edit(folder, model_type="siglip"), "model_type 'clip' in config.json, got 'siglip'"),
