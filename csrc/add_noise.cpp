@@ -1,7 +1,10 @@
 // add_noise and its backward on the CPU: one pass over the latents, the noise made on the way.
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "contract.h"
+#include "direct.h"
 #include "elements.h"
 
 namespace fastsds {
@@ -71,6 +74,76 @@ void add_noise_backward(const at::Tensor& grad, const at::Tensor& alpha_t, at::S
   run(grad, alpha_t, out);
 }
 
+bool is_plain_call(const at::Tensor& latents, const at::Tensor& alpha_t, const at::Tensor& sigma_t,
+                   const at::Tensor& seed, std::optional<at::ScalarType> dtype, int64_t batch_offset) {
+  return is_plain(latents) && latents.dim() >= 2 && are_coefficients(latents.size(0), alpha_t, sigma_t) &&
+         is_seed(seed) && batch_offset >= 0 && is_latent_dtype(dtype.value_or(at::kFloat));
+}
+
+at::Tensor noised(const at::Tensor& latents, const at::Tensor& alpha_t, const at::Tensor& sigma_t,
+                  const at::Tensor& seed, std::optional<at::ScalarType> dtype, int64_t batch_offset) {
+  std::vector<int64_t> shape = alpha_t.sizes().vec();
+  shape.insert(shape.end(), latents.sizes().begin() + 1, latents.sizes().end());
+  const at::Tensor out = at::empty(shape, latents.options().dtype(dtype.value_or(latents.scalar_type())));
+  add_noise(latents, alpha_t, sigma_t, seed, dtype, batch_offset, out);
+  return out;
+}
+
+bool is_plain_backward_call(const at::Tensor& grad, const at::Tensor& alpha_t, at::ScalarType dtype) {
+  return is_plain(grad) && grad.dim() >= 3 && are_coefficients(grad.size(0), alpha_t) &&
+         alpha_t.sizes() == grad.sizes().slice(0, 2) && is_latent_dtype(dtype);
+}
+
+at::Tensor grad_of_latents(const at::Tensor& grad, const at::Tensor& alpha_t, at::ScalarType dtype) {
+  std::vector<int64_t> shape = grad.sizes().vec();
+  shape.erase(shape.begin() + 1);
+  const at::Tensor out = at::empty(shape, grad.options().dtype(dtype));
+  add_noise_backward(grad, alpha_t, dtype, out);
+  return out;
+}
+
+auto add_noise_op() {
+  using Op = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                        std::optional<at::ScalarType>, c10::SymInt);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastsds::add_noise", "").typed<Op>();
+  return op;
+}
+
+auto add_noise_backward_op() {
+  using Op = at::Tensor(const at::Tensor&, const at::Tensor&, at::ScalarType);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastsds::add_noise_backward", "").typed<Op>();
+  return op;
+}
+
+// The gradient that fastsds/ops/add_noise.py registers for every device.
+class AddNoise : public torch::autograd::Function<AddNoise> {
+ public:
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& latents,
+                            const at::Tensor& alpha_t, const at::Tensor& sigma_t, const at::Tensor& seed,
+                            std::optional<at::ScalarType> dtype, c10::SymInt batch_offset) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({alpha_t});
+    context->saved_data["dtype"] = latents.scalar_type();
+    return add_noise_op().call(latents, alpha_t, sigma_t, seed, dtype, std::move(batch_offset));
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& grads) {
+    torch::autograd::variable_list results(6);
+    if (context->needs_input_grad(0)) {
+      const at::Tensor alpha_t = context->get_saved_variables()[0];
+      results[0] = add_noise_backward_op().call(grads[0], alpha_t, context->saved_data["dtype"].toScalarType());
+    }
+    return results;
+  }
+};
+
+at::Tensor differentiable_add_noise(const at::Tensor& latents, const at::Tensor& alpha_t, const at::Tensor& sigma_t,
+                                    const at::Tensor& seed, std::optional<at::ScalarType> dtype,
+                                    c10::SymInt batch_offset) {
+  return AddNoise::apply(latents, alpha_t, sigma_t, seed, dtype, batch_offset);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastsds_native, library) {
@@ -84,5 +157,12 @@ TORCH_LIBRARY_IMPL(fastsds_native, CPU, library) {
   library.impl("add_noise", add_noise);
   library.impl("add_noise_backward", add_noise_backward);
 }
+
+TORCH_LIBRARY_IMPL(fastsds, CPU, library) {
+  library.impl("add_noise", direct<is_plain_call, noised>());
+  library.impl("add_noise_backward", direct<is_plain_backward_call, grad_of_latents>());
+}
+
+TORCH_LIBRARY_IMPL(fastsds, AutogradCPU, library) { library.impl("add_noise", differentiable_add_noise); }
 
 }  // namespace fastsds

@@ -69,7 +69,7 @@ FASTSDS_INLINE float float_of(int32_t bits) {
 
 // (word + 1/2) / 2^32 times a power of two, the word first rounded to float: u in (0, 1], with a finite logarithm.
 FASTSDS_INLINE float uniform(uint32_t word, float times = 1.0f) {
-  return static_cast<float>(word) * (times * 0x1p-32f) + times * 0x1p-33f;
+  return std::fma(static_cast<float>(word), times * 0x1p-32f, times * 0x1p-33f);
 }
 
 // -2 ln(u) for u in (0, 1], to 2e-7 of its value: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and a minimax
@@ -78,15 +78,15 @@ FASTSDS_INLINE float minus_twice_log(float u) {
   const int32_t bits = bits_of(u), exponent = (bits - 0x3F3504F3) >> 23;
   const float f = float_of(bits - exponent * (1 << 23)) - 1.0f;
   float p = -0.1740087f;
-  p = p * f + 0.28534973f;
-  p = p * f - 0.29829538f;
-  p = p * f + 0.3315517f;
-  p = p * f - 0.39926127f;
-  p = p * f + 0.50002676f;
-  p = p * f - 0.6666782f;
-  p = p * f + 1.0f;
-  p = p * f - 2.0f;
-  return p * f - static_cast<float>(exponent) * 1.3862944f;
+  p = std::fma(p, f, 0.28534973f);
+  p = std::fma(p, f, -0.29829538f);
+  p = std::fma(p, f, 0.3315517f);
+  p = std::fma(p, f, -0.39926127f);
+  p = std::fma(p, f, 0.50002676f);
+  p = std::fma(p, f, -0.6666782f);
+  p = std::fma(p, f, 1.0f);
+  p = std::fma(p, f, -2.0f);
+  return std::fma(static_cast<float>(exponent), -1.3862944f, p * f);
 }
 
 // cos and sin of `half_turns` times pi, for half_turns in [0, 2]: whole half turns are taken off exactly and flip the
@@ -95,16 +95,16 @@ FASTSDS_INLINE Pair direction(float half_turns) {
   const int32_t whole = static_cast<int32_t>(half_turns + 0.5f);
   const float r = half_turns - static_cast<float>(whole), q = r * r;
   float cosine = -0.0244207f;
-  cosine = cosine * q + 0.23495393f;
-  cosine = cosine * q - 1.335216f;
-  cosine = cosine * q + 4.0587096f;
-  cosine = cosine * q - 4.934802f;
-  cosine = cosine * q + 1.0f;
+  cosine = std::fma(cosine, q, 0.23495393f);
+  cosine = std::fma(cosine, q, -1.335216f);
+  cosine = std::fma(cosine, q, 4.0587096f);
+  cosine = std::fma(cosine, q, -4.934802f);
+  cosine = std::fma(cosine, q, 1.0f);
   float sine = 0.07756039f;
-  sine = sine * q - 0.5982421f;
-  sine = sine * q + 2.5500698f;
-  sine = sine * q - 5.16771f;
-  sine = sine * q + 3.1415927f;
+  sine = std::fma(sine, q, -0.5982421f);
+  sine = std::fma(sine, q, 2.5500698f);
+  sine = std::fma(sine, q, -5.16771f);
+  sine = std::fma(sine, q, 3.1415927f);
   sine = sine * r;
   const int32_t sign = static_cast<int32_t>(static_cast<uint32_t>(whole) << 31);
   return {float_of(bits_of(cosine) ^ sign), float_of(bits_of(sine) ^ sign)};

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "contract.h"
 #include "direct.h"
 #include "vectorized.h"
 
@@ -122,14 +123,12 @@ bool is_valid(const at::Tensor& alpha, const at::Tensor& sigma, const at::Tensor
               const at::Tensor& seed, std::string_view strategy, int64_t t_min, int64_t t_max,
               const std::optional<at::Tensor>& cdf) {
   const auto is_table = [&](const at::Tensor& table) {
-    return table.is_cpu() && table.dim() == 1 && table.size(0) == alpha.size(0) &&
-           (table.scalar_type() == at::kFloat || table.scalar_type() == at::kDouble);
+    return table.is_cpu() && is_coefficient_dtype(table.scalar_type()) && table.sizes() == alpha.sizes();
   };
   const bool by_mass = strategy == "importance";
   return alpha.dim() == 1 && is_table(alpha) && is_table(sigma) && is_table(weights) && by_mass == cdf.has_value() &&
          (by_mass ? is_table(*cdf) : strategy == "uniform" || strategy == "stratified" || strategy == "antithetic") &&
-         seed.is_cpu() && seed.scalar_type() == at::kLong && seed.numel() == 1 && batch >= 0 && draws >= 1 &&
-         0 <= t_min && t_min < t_max && t_max <= alpha.size(0);
+         is_seed(seed) && batch >= 0 && draws >= 1 && 0 <= t_min && t_min < t_max && t_max <= alpha.size(0);
 }
 
 }  // namespace

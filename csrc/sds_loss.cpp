@@ -5,6 +5,8 @@
 #include <array>
 #include <string_view>
 
+#include "contract.h"
+#include "direct.h"
 #include "elements.h"
 
 namespace fastsds {
@@ -143,6 +145,62 @@ void sds_loss_backward(const at::Tensor& grad, const at::Tensor& prediction, con
   run(grad, prediction, latents, alpha_t, sigma_t, weight, seed, prediction_uncond, options, loss, gradients);
 }
 
+bool is_plain_call(const at::Tensor& prediction, const at::Tensor& latents, const at::Tensor& alpha_t,
+                   const at::Tensor& sigma_t, const at::Tensor& weight, const at::Tensor& seed,
+                   std::string_view prediction_type, const Optional& prediction_uncond, double guidance_scale,
+                   std::string_view jacobian, int64_t batch_offset) {
+  const auto is_prediction = [&](const at::Tensor& tensor) {
+    return is_plain(tensor) && has_shape_of_draws(tensor, alpha_t, latents);
+  };
+  return is_plain(latents) && latents.dim() >= 2 && are_coefficients(latents.size(0), alpha_t, sigma_t, weight) &&
+         is_prediction(prediction) && is_seed(seed) && batch_offset >= 0 &&
+         (prediction_uncond.has_value() ? is_prediction(*prediction_uncond) : guidance_scale == 1.0) &&
+         (prediction_type == "epsilon" || prediction_type == "v_prediction" || prediction_type == "sample" ||
+          prediction_type == "flow") &&
+         (jacobian == "full" || jacobian == "skip");
+}
+
+at::Tensor empty_loss(const at::Tensor& latents, const at::Tensor& alpha_t) {
+  const auto dtype = latents.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return at::empty(alpha_t.sizes(), latents.options().dtype(dtype));
+}
+
+at::Tensor loss_of(const at::Tensor& prediction, const at::Tensor& latents, const at::Tensor& alpha_t,
+                   const at::Tensor& sigma_t, const at::Tensor& weight, const at::Tensor& seed,
+                   std::string_view prediction_type, const Optional& prediction_uncond, double guidance_scale,
+                   std::string_view jacobian, int64_t batch_offset) {
+  const at::Tensor loss = empty_loss(latents, alpha_t);
+  sds_loss(prediction, latents, alpha_t, sigma_t, weight, seed, prediction_type, prediction_uncond, guidance_scale,
+           jacobian, batch_offset, loss);
+  return loss;
+}
+
+bool is_plain_backward_call(const at::Tensor& grad, const at::Tensor& prediction, const at::Tensor& latents,
+                            const at::Tensor& alpha_t, const at::Tensor& sigma_t, const at::Tensor& weight,
+                            const at::Tensor& seed, std::string_view prediction_type, const Optional& prediction_uncond,
+                            double guidance_scale, std::string_view jacobian, int64_t batch_offset,
+                            std::array<bool, 3> /*needs*/) {
+  return grad.is_cpu() && grad.sizes() == alpha_t.sizes() &&
+         is_plain_call(prediction, latents, alpha_t, sigma_t, weight, seed, prediction_type, prediction_uncond,
+                       guidance_scale, jacobian, batch_offset);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> loss_and_gradients(
+    const at::Tensor& grad, const at::Tensor& prediction, const at::Tensor& latents, const at::Tensor& alpha_t,
+    const at::Tensor& sigma_t, const at::Tensor& weight, const at::Tensor& seed, std::string_view prediction_type,
+    const Optional& prediction_uncond, double guidance_scale, std::string_view jacobian, int64_t batch_offset,
+    std::array<bool, 3> needs) {
+  const auto gradient_of = [&](const at::Tensor& tensor, bool needed) {
+    return at::empty(needed ? tensor.sizes() : at::IntArrayRef{0}, (needed ? tensor : latents).options());
+  };
+  const at::Tensor loss = empty_loss(latents, alpha_t), in_prediction = gradient_of(prediction, needs[0]);
+  const at::Tensor in_latents = gradient_of(latents, needs[1]);
+  const at::Tensor in_uncond = gradient_of(prediction_uncond.value_or(latents), needs[2] && prediction_uncond);
+  sds_loss_backward(grad, prediction, latents, alpha_t, sigma_t, weight, seed, prediction_type, prediction_uncond,
+                    guidance_scale, jacobian, batch_offset, needs, loss, in_prediction, in_latents, in_uncond);
+  return {loss, in_prediction, in_latents, in_uncond};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastsds_native, library) {
@@ -160,6 +218,11 @@ TORCH_LIBRARY_FRAGMENT(fastsds_native, library) {
 TORCH_LIBRARY_IMPL(fastsds_native, CPU, library) {
   library.impl("sds_loss", sds_loss);
   library.impl("sds_loss_backward", sds_loss_backward);
+}
+
+TORCH_LIBRARY_IMPL(fastsds, CPU, library) {
+  library.impl("sds_loss", direct<is_plain_call, loss_of>());
+  library.impl("sds_loss_backward", direct<is_plain_backward_call, loss_and_gradients>());
 }
 
 }  // namespace fastsds

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastsds import ops
-from fastsds.ops import BackendUnavailableError, _dispatch
+from fastsds.ops import BackendUnavailableError, _checks, _dispatch
 
 VARIABLE = _dispatch.ENVIRONMENT_VARIABLE
+
+
+def _check(x: Tensor, times: int) -> None:
+    _checks.expect(times >= 0, lambda: f"times: expected at least 0, got {times}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _probe() -> Iterator[None]:
+    """An op that the extension does not know, and so does not serve without asking."""
+    _dispatch.define(
+        "probe",
+        "(Tensor x, int times) -> Tensor",
+        check=_check,
+        fake=lambda x, times: torch.empty_like(x),
+        reference=lambda x, times: x * times,
+    )
+    yield
+    _dispatch._registry.pop("probe")
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +40,12 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
-def _call() -> torch.Tensor:
-    return ops.add_noise(torch.ones(2, 3), torch.ones(2, 1), torch.zeros(2, 1), torch.tensor(0))
+def _call(times: int = 1) -> Tensor:
+    return torch.ops.fastsds.probe(torch.ones(2, 3), times)
 
 
-def _seven(latents: torch.Tensor, alpha_t: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.full((*alpha_t.shape, *latents.shape[1:]), 7.0)
+def _seven(x: Tensor, times: int) -> Tensor:
+    return torch.full_like(x, 7.0)
 
 
 def _unavailable(cause: str) -> Callable[[], Any]:
@@ -45,26 +63,26 @@ def test_every_op_is_registered() -> None:
 
 
 def test_reference_serves_where_nothing_else_does() -> None:
-    choice = _dispatch.choose("add_noise", "cpu")
+    choice = _dispatch.choose("probe", "cpu")
     assert choice.backend == "reference"
     assert "no kernel for cpu tensors" in choice.reason
 
 
 def test_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    _dispatch.register_backend("add_noise", "cpp", ("cpu",), lambda: _seven)
+    _dispatch.register_backend("probe", "cpp", ("cpu",), lambda: _seven)
     monkeypatch.setenv(VARIABLE, "reference")
-    choice = _dispatch.choose("add_noise", "cpu")
+    choice = _dispatch.choose("probe", "cpu")
     assert choice.backend == "reference"
     assert VARIABLE in choice.reason
-    assert torch.equal(_call(), torch.ones(2, 1, 3))
+    assert torch.equal(_call(), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("forced", ["triton", "cuda", "cpp"])
 def test_forcing_a_backend_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch, forced: str) -> None:
-    _dispatch.register_backend("add_noise", "triton", ("cuda",), lambda: _seven)
+    _dispatch.register_backend("probe", "triton", ("cuda",), lambda: _seven)
     monkeypatch.setenv(VARIABLE, forced)
     with pytest.raises(
-        BackendUnavailableError, match=rf"{VARIABLE}={forced} .*add_noise on cpu .*available there: reference\."
+        BackendUnavailableError, match=rf"{VARIABLE}={forced} .*probe on cpu .*available there: reference\."
     ):
         _call()
 
@@ -76,51 +94,51 @@ def test_forcing_an_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_forcing_a_backend_that_fails_to_load_gives_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    _dispatch.register_backend("add_noise", "cpp", ("cpu",), _unavailable("built for another PyTorch"))
+    _dispatch.register_backend("probe", "cpp", ("cpu",), _unavailable("built for another PyTorch"))
     monkeypatch.setenv(VARIABLE, "cpp")
     with pytest.raises(BackendUnavailableError, match="built for another PyTorch"):
         _call()
 
 
 def test_registered_backend_is_preferred() -> None:
-    _dispatch.register_backend("add_noise", "cpp", ("cpu",), lambda: _seven)
-    choice = _dispatch.choose("add_noise", "cpu")
+    _dispatch.register_backend("probe", "cpp", ("cpu",), lambda: _seven)
+    choice = _dispatch.choose("probe", "cpu")
     assert choice.backend == "cpp"
     assert "first choice for cpu" in choice.reason
-    assert torch.equal(_call(), torch.full((2, 1, 3), 7.0))
-    assert _dispatch.choose("add_noise", "cuda").backend == "reference"
+    assert torch.equal(_call(), torch.full((2, 3), 7.0))
+    assert _dispatch.choose("probe", "cuda").backend == "reference"
     assert _dispatch.choose("sds_loss", "cpu").backend == "reference"
 
 
 def test_order_of_preference() -> None:
     for backend in ("cpp", "triton", "cuda"):
-        _dispatch.register_backend("add_noise", backend, ("cuda",), lambda: _seven)
-        assert _dispatch.choose("add_noise", "cuda").backend == backend
+        _dispatch.register_backend("probe", backend, ("cuda",), lambda: _seven)
+        assert _dispatch.choose("probe", "cuda").backend == backend
 
 
 def test_contract_is_checked_before_any_backend() -> None:
-    _dispatch.register_backend("add_noise", "cpp", ("cpu",), _unavailable("must not be reached"))
-    with pytest.raises(RuntimeError, match="batch_offset: expected at least 0, got -1"):
-        ops.add_noise(torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 1), torch.tensor(0), batch_offset=-1)
+    _dispatch.register_backend("probe", "cpp", ("cpu",), _unavailable("must not be reached"))
+    with pytest.raises(RuntimeError, match="times: expected at least 0, got -1"):
+        _call(times=-1)
 
 
 def test_unavailable_backend_falls_back_and_says_why() -> None:
-    _dispatch.register_backend("add_noise", "cpp", ("cpu",), _unavailable("the extension was not built"))
-    choice = _dispatch.choose("add_noise", "cpu")
+    _dispatch.register_backend("probe", "cpp", ("cpu",), _unavailable("the extension was not built"))
+    choice = _dispatch.choose("probe", "cpu")
     assert choice.backend == "reference"
     assert "cpp: the extension was not built" in choice.reason
-    assert torch.equal(_call(), torch.ones(2, 1, 3))
+    assert torch.equal(_call(), torch.ones(2, 3))
 
 
 def test_other_errors_of_a_backend_are_not_hidden() -> None:
     def load() -> Any:
         raise OSError("a broken library")
 
-    _dispatch.register_backend("add_noise", "cpp", ("cpu",), load)
+    _dispatch.register_backend("probe", "cpp", ("cpu",), load)
     with pytest.raises(OSError, match="a broken library"):
         _call()
 
 
 def test_unknown_backend_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"backend: expected one of .*got 'numpy'"):
-        _dispatch.register_backend("add_noise", "numpy", ("cpu",), lambda: _seven)
+        _dispatch.register_backend("probe", "numpy", ("cpu",), lambda: _seven)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastsds.ops import BackendUnavailableError, _dispatch, _extension, add_noise, sds_loss
+from fastsds.diffusion import NoiseSchedule
+from fastsds.ops import BackendUnavailableError, _dispatch, _extension, add_noise, sample_timesteps, sds_loss
 
 Record = Callable[..., None]
 
@@ -61,7 +65,7 @@ def test_what_is_said_when_it_cannot_serve(
     assert "`pip install . --no-build-isolation`" in choice.reason
     monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "cpp")
     with pytest.raises(BackendUnavailableError) as error:
-        add_noise(torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 1), torch.tensor(0))
+        _dispatch.choose("add_noise", "cpu")
     assert message in str(error.value)
 
 
@@ -118,10 +122,44 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 @pytest.mark.usefixtures("_native")
-@pytest.mark.parametrize("block", [0, 2**32 - 1025, 2**45])
-def test_noise_far_out_in_the_stream(oracle: Any, block: int) -> None:
-    """Past 2**32 blocks the counter's second word counts; vector and single-block code meet in 4098 elements."""
+@pytest.mark.parametrize("offset", [0, 2**34 // 4098, 2**32 - 1025, 2**45])
+def test_noise_far_out_in_the_stream(oracle: Any, offset: int) -> None:
+    """Past 2**34 elements the counter's second word counts; vector and single-block code meet in 4098 of them."""
     latents, one = torch.zeros(1, 4098), torch.ones(1, 1)
-    noise = add_noise(latents, one, one, torch.tensor(-3), batch_offset=block)
-    expected = oracle.noise(-3, (1, 1, 4098), start=block * 4098)
+    noise = add_noise(latents, one, one, torch.tensor(-3), batch_offset=offset)
+    expected = oracle.noise(-3, (1, 1, 4098), start=offset * 4098)
     torch.testing.assert_close(noise.double(), expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.usefixtures("_native")
+def test_plain_calls_do_not_go_through_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is not dense does, with the same result."""
+
+    def refuse(name: str, device_type: str) -> Any:
+        raise AssertionError(f"{name} asked for its backend")
+
+    latents, one, seed = torch.randn(2, 4, 3, 5, requires_grad=True), torch.ones(2, 1), torch.tensor(4)
+    schedule = NoiseSchedule(torch.rand(9), torch.rand(9) + 0.1, torch.arange(9))
+    strided = latents.detach().transpose(2, 3).contiguous().transpose(2, 3)
+    expected = add_noise(strided, one, one, seed)
+    monkeypatch.setattr(_dispatch, "choose", refuse)
+    noised = add_noise(latents, one, one, seed)
+    assert torch.equal(noised, expected)
+    assert torch.equal(*torch.autograd.grad(noised, latents, noised), noised.squeeze(1))
+    sds_loss(noised.detach(), latents.detach(), one, one, one, seed)
+    sample_timesteps(schedule, 2, 1, seed)
+    with pytest.raises(AssertionError, match="add_noise asked for its backend"):
+        add_noise(strided, one, one, seed)
+
+
+def test_gradient_without_the_extension() -> None:
+    """In a process that never loads it: Python's own registration serves."""
+    program = """
+import sys, torch
+from fastsds.ops import add_noise
+latents, alpha_t = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True), torch.rand(2, 3)
+assert torch.autograd.gradcheck(lambda z: add_noise(z, alpha_t, alpha_t, torch.tensor(5)), (latents,))
+assert "fastsds._C" not in sys.modules
+"""
+    environment = {**os.environ, _dispatch.ENVIRONMENT_VARIABLE: "reference"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
