@@ -1,6 +1,6 @@
 // Loops over short, dense arrays: each is compiled for several instruction sets, and the machine's best is taken when
-// the library is loaded. Multiply-adds are fused where they say so and nowhere else, so that every instruction set gives
-// the same bits.
+// the library is loaded. Multiply-adds are fused where they say so and nowhere else, so that every instruction set
+// gives the same bits.
 #pragma once
 
 #include <cstdint>
