@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binomtest
 
-from fastsds.evaluation import Figure, Outcomes, compare
+from fastsds.evaluation import Figure, Outcomes, bootstrap_interval, compare
 
 
 def _outcomes(hits: dict[str, int], groups: tuple[str, ...] | None = None, benchmark: str = "toy") -> Outcomes:
@@ -61,6 +61,8 @@ def test_samples_of_one_unit_count_once() -> None:
     row = compare(before, after).figures["pair"]
     assert (row.samples, row.gained, row.lost) == (20, 17, 2)
     assert row.p_value == pytest.approx(binomtest(8, 9).pvalue)  # the last example gains as much as it loses
+    differences = [second - first for first, second in zip(earlier, later, strict=True)]
+    assert (row.low, row.high) == bootstrap_interval(differences, None, units) != bootstrap_interval(differences)
     other = Outcomes("toy", {"pair": Figure(tuple(later), keys, None, 0.5)})
     with pytest.raises(ValueError, match="units: expected those of pair to be the same; "):
         compare(before, other)
