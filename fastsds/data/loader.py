@@ -28,7 +28,7 @@ def caption_loader(
     epoch; memory is pinned where there is a GPU.
 
     Args:
-        batch_size: of each process.
+        batch_size: of a step; a `Trainer` splits it over its processes.
         workers: processes that read, decode and tokenize; 0 does it in this one. They live as long as the loader.
         seed: of the order, where no `Trainer` decides it.
         drop_last: leave out the last batch of an epoch where it is smaller: the contrastive loss depends on the size.
@@ -60,7 +60,8 @@ def caption_loader(
 def leave_signals(worker: int) -> None:
     """Makes a worker leave Ctrl-C to the training process, which may need it to end its step, and go when told to.
 
-    It would inherit a handler that takes SIGTERM for a request to the run, and could not be ended.
+    It would inherit a handler that takes SIGTERM for a request to the run, could not be ended, and Python would wait
+    for it at its exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -81,6 +82,8 @@ def _train(dataset: CaptionDataset, out: Path, workers: int, stop: int | None = 
         trainer.fit(**options)
     except KeyboardInterrupt:
         assert stop is not None
+    for worker in multiprocessing.active_children():  # the garbage collector would wait five seconds for each
+        worker.terminate()
     return model
 
 
