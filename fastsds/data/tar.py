@@ -26,8 +26,8 @@ class TarMember(NamedTuple):
 def tar_members(file: BinaryIO, path: Path) -> Iterator[TarMember]:
     """The regular files of an uncompressed tar file (POSIX `ustar` and `pax`, GNU), in its order.
 
-    Python's `tarfile` takes ten times as long, minutes where a data set has hundreds of shards. The position of `file`
-    may be moved between members.
+    Python's `tarfile` takes about five times as long, minutes where a data set has hundreds of shards. The position of
+    `file` may be moved between members.
 
     Args:
         path: of the file, for messages.
