@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fastsds import ops, toyworld
     from fastsds.clip import ClipSource, LoadedCLIP, PrefixTextEncoder
     from fastsds.data import CaptionDataset
-    from fastsds.diffusion import DiffusionScorer, DiffusionTeacher, NoiseSchedule, SDSLoss
+    from fastsds.diffusion import DiffusionScorer, DiffusionTeacher, NoiseSchedule, SDSLoss, TeacherSource
     from fastsds.intcoop import IntCoOp
     from fastsds.sdsclip import DistillOutput, LatentProjector, SDSDistiller
     from fastsds.training import DistillConfig, DistillTrainer, IntCoOpConfig, IntCoOpTrainer, load_distilled
@@ -34,6 +34,7 @@ _HOMES = {
     "PrefixTextEncoder": "fastsds.clip",
     "SDSDistiller": "fastsds.sdsclip",
     "SDSLoss": "fastsds.diffusion",
+    "TeacherSource": "fastsds.diffusion",
     "load_distilled": "fastsds.training",
 }
 _MODULES = ("clip", "data", "diffusion", "evaluation", "intcoop", "ops", "sdsclip", "toyworld", "training")
@@ -55,6 +56,7 @@ __all__ = [
     "PrefixTextEncoder",
     "SDSDistiller",
     "SDSLoss",
+    "TeacherSource",
     "load_distilled",
     "ops",
     "toyworld",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,27 +36,26 @@ class Family:
     denoiser_class: str
     text: Mapping[str, str]
     """Class, in transformers, of each tokenizer and text encoder, by component."""
+    conditions: Callable[[TextConditioning, tuple[int, int]], dict[str, Any]]
+    """What the denoiser takes beside tokens, from the text and the images' height and width."""
     optional: tuple[str, ...] = ()
     """Those of `text` that the pipeline does without."""
     pooled: bool = True
     """Whether the denoiser takes a pooled embedding too."""
-    conditions: Callable[[TextConditioning, tuple[int, int]], dict[str, Any]] = lambda text, image_size: {}
-    """What the denoiser takes beside tokens, from the text and the images' height and width."""
     pipeline_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_options: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, components: Mapping[str, Any], captions: list[str], device: torch.device) -> TextConditioning:
-        """The conditioning of captions, as the pipeline of these components computes it."""
+        """The conditioning of captions, as the pipeline of these components computes it.
+
+        Without the U-Net, which has no part in it, and whose config the pipeline rewrites where it is an old one.
+        """
         import diffusers
 
         pipeline_class = getattr(diffusers, self.pipelines[0])
-        needed = inspect.signature(pipeline_class.__init__).parameters
-        given = {name: components.get(name) for name, need in needed.items() if need.default is need.empty}
-        # The U-Net has no part in it, and some old ones have their config rewritten by the pipeline.
-        given = {name: value for name, value in given.items() if name != "self"} | {"vae": None, "scheduler": None}
-        if "unet" in given:
-            given["unet"] = None
-        with _quiet_about_truncation():
+        needed = inspect.signature(pipeline_class).parameters.values()
+        given = {part.name: components.get(part.name) for part in needed if part.default is part.empty}
+        with _quiet("transformers.tokenization_utils_base", pipeline_class.__module__):
             embeddings, _, *pooled = pipeline_class(**given, **self.pipeline_options).encode_prompt(
                 prompt=captions,
                 device=device,
@@ -66,10 +66,18 @@ class Family:
         return TextConditioning(embeddings, *pooled[:1])
 
 
+def _no_conditions(text: TextConditioning, image_size: tuple[int, int]) -> dict[str, Any]:
+    return {}
+
+
 def _sdxl_conditions(text: TextConditioning, image_size: tuple[int, int]) -> dict[str, Any]:
     """Of images that were neither scaled nor cropped."""
     time_ids = text.embeddings.new_tensor([*image_size, 0, 0, *image_size])
     return {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": time_ids.expand(len(text), -1)}}
+
+
+def _sd3_conditions(text: TextConditioning, image_size: tuple[int, int]) -> dict[str, Any]:
+    return {"pooled_projections": text.pooled}
 
 
 _CLIP_TEXT = {"tokenizer": "CLIPTokenizer", "text_encoder": "CLIPTextModel"}
@@ -81,6 +89,7 @@ SD = Family(
     denoiser="unet",
     denoiser_class="UNet2DConditionModel",
     text=_CLIP_TEXT,
+    conditions=_no_conditions,
     pooled=False,
     pipeline_options={"requires_safety_checker": False},
 )
@@ -97,8 +106,8 @@ SD3 = Family(
     denoiser="transformer",
     denoiser_class="SD3Transformer2DModel",
     text=_CLIP_TEXT | {"text_encoder": "CLIPTextModelWithProjection"} | _CLIP_TEXT_2 | _T5_TEXT,
+    conditions=_sd3_conditions,
     optional=tuple(_T5_TEXT),
-    conditions=lambda text, image_size: {"pooled_projections": text.pooled},
     prompt_options={"prompt_2": None, "prompt_3": None},
 )
 FAMILIES = (SD, SDXL, SD3)
@@ -145,13 +154,13 @@ def family_of(denoiser: Any, vae: Any, text_encoder_2: Any) -> Family:
 
 
 @contextmanager
-def _quiet_about_truncation() -> Iterator[None]:
-    """A caption that is too long is cut, as in training; the pipelines say so at every call."""
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+def _quiet(*loggers: str) -> Iterator[None]:
+    """A caption that is too long is cut, as in training; the libraries warn of it."""
+    before = {logger: logger.disabled for logger in map(logging.getLogger, loggers)}
+    for logger in before:
+        logger.disabled = True  # unlike a level, costs the other loggers nothing
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        for logger, disabled in before.items():
+            logger.disabled = disabled

@@ -52,7 +52,11 @@ def load_parts(source: str | Path, dtype: torch.dtype) -> dict[str, Any]:
                 options["torch_dtype" if library is diffusers else "dtype"] = torch.float32 if wide else dtype
                 options["use_safetensors"] = True
             parts[name] = getattr(library, class_name).from_pretrained(source, subfolder=name, **options)
-    scheduler_class = getattr(diffusers, index["scheduler"][1])
+    scheduler_class = getattr(diffusers, index["scheduler"][1], None)
+    if scheduler_class is None:
+        raise UnsupportedTeacherError(
+            f"source: the scheduler of {source} is a {index['scheduler'][1]}, which diffusers does not have"
+        )
     parts["scheduler"] = scheduler_class.from_pretrained(source, subfolder="scheduler")
     if family is SDXL:
         parts["force_zeros_for_empty_prompt"] = index.get("force_zeros_for_empty_prompt", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_text_is_encoded_as_the_pipeline_does(teacher: DiffusionTeacher, family_
     for i in range(3):
         assert not torch.allclose(text.embeddings[i], text.embeddings[i + 1], atol=1e-3)
         assert not torch.allclose(text.pooled[i], text.pooled[i + 1], atol=1e-3)
+
+
+def test_long_captions_are_cut_in_silence(teacher: DiffusionTeacher) -> None:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        teacher.encode_text(["a red circle and " * 100])
+        assert records == []
+        logging.getLogger("diffusers.pipelines").warning("others are heard")
+        assert len(records) == 1
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("zeros", [True, False])

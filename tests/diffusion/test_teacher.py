@@ -260,6 +260,17 @@ def test_other_pipelines_are_refused_by_name(pipeline_folder: Path, tmp_path: Pa
         DiffusionTeacher.from_pretrained(tmp_path)
 
 
+def test_scheduler_of_the_folders_own_is_refused(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipeline_folder, folder)
+    (folder / "scheduler" / "own.py").write_text("raise SystemExit('ran code of the folder')")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["own", "OwnScheduler"]}))
+    message = f"source: the scheduler of {folder} is a OwnScheduler, which diffusers does not have"
+    with pytest.raises(UnsupportedTeacherError, match=re.escape(message)):
+        DiffusionTeacher.from_pretrained(folder)
+
+
 def test_image_to_image_pipeline_is_the_same_network(pipeline_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
     shutil.copytree(pipeline_folder, folder)
