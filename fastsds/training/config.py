@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,7 @@ class TrainConfig:
     accumulation: int = 1
     """Batches per optimizer step. The contrastive loss sees one batch at a time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """fp16 waits for the device at every step, to see whether a gradient overflowed; bf16 does not."""
     save_every: int | None = None
     """Steps between checkpoints; at the end of every epoch by default, and always at the end."""
     keep_checkpoints: int = 3
@@ -50,6 +52,14 @@ class TrainConfig:
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
+
+    def lr_factor(self, step: int, total_steps: int) -> float:
+        """The learning rate of the step after `step` steps, as a share of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        start = max(self.warmup_steps, round(total_steps * (1 - self.decay_share)))
+        progress = (step - start) / max(total_steps - start, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
 @dataclass(frozen=True)

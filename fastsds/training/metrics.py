@@ -3,8 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class PendingMetrics:
+    """The losses of steps, left on their device until they are asked for; asking is what waits for it."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, float]] = []
+        self._rows: list[Tensor] = []
+        self._names: tuple[str, ...] = ()
+
+    def add(self, step: int, outputs: Sequence[Any], grad_norm: Tensor, lr: float) -> None:
+        """Keeps what a step's batches gave, NamedTuples of scalars, by their mean."""
+        self._names = (*outputs[0]._fields, "grad_norm")
+        batches = [torch.stack([value.detach().float() for value in output]) for output in outputs]
+        mean = batches[0] if len(batches) == 1 else torch.stack(batches).mean(dim=0)
+        self._rows.append(torch.cat([mean, grad_norm.float().reshape(1)]))
+        self._steps.append((step, lr))
+
+    def take(self, accelerator: Accelerator) -> list[tuple[int, dict[str, float]]]:
+        """The steps since the last time and their values, each a mean over the processes, which all take together."""
+        if not self._rows:
+            return []
+        table = accelerator.reduce(torch.stack(self._rows), "mean").tolist()
+        taken = [
+            (step, {**dict(zip(self._names, row, strict=True)), "lr": lr})
+            for (step, lr), row in zip(self._steps, table, strict=True)
+        ]
+        self._steps, self._rows = [], []
+        return taken
 
 
 class MetricsLog:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from fastsds.training import checkpoint
 from fastsds.training.config import TrainConfig, TrainResult
 from fastsds.training.interrupt import StopRequest, TrainingInterrupted
-from fastsds.training.metrics import MetricsLog
+from fastsds.training.metrics import MetricsLog, PendingMetrics
 from fastsds.training.processes import on_main_process, share_loader, start_accelerator
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -42,7 +42,8 @@ class Trainer:
     """Trains the parameters that a module says are trained.
 
     Started in several processes (`accelerate launch --multi_gpu`, `torchrun`), it gives the numbers of one: a batch of
-    the loader is split over them, losses and gradients are means over all. The main process alone writes.
+    the loader is split over them, losses and gradients are means over all. The main process alone writes; all read the
+    run's folder, so that nodes need one disk for it.
 
     Args:
         module: `forward(**batch)` gives an output (a NamedTuple) whose scalars are logged and whose `loss` is
@@ -74,11 +75,12 @@ class Trainer:
         self._model, self._optimizer = self.accelerator.prepare(module, optimizer)
         self.steps_per_epoch = math.ceil(len(self._loader) / config.accumulation)
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: config.lr_factor(step, self.total_steps)
+        )
         self._step = 0
         self._saved: Path | None = None
-        self._columns: tuple[str, ...] = ()
-        self._pending: list[tuple[int, Tensor, float]] = []
+        self._pending = PendingMetrics()
         self._resumed_random: dict[str, Any] | None = None
 
     @property
@@ -144,7 +146,7 @@ class Trainer:
         parameters = list(self._trained.values())
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         self._model.train()
-        parts: list[Tensor] = []
+        outputs: list[Any] = []
         for batch in loader:
             if self._resumed_random is not None:
                 # Not earlier: the loader's iterator draws from the generators, and drew before the checkpoint.
@@ -154,19 +156,17 @@ class Trainer:
                 output = self._model(**batch)
                 self.accelerator.backward(output.loss)
                 if self.accelerator.sync_gradients:
-                    grad_norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit)).float()
+                    grad_norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit))
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-            parts.append(torch.stack([value.detach().float() for value in output]))
+            outputs.append(type(output)(*(value.detach() for value in output)))
             if not self.accelerator.sync_gradients:
                 continue
             lr = float(self._optimizer.param_groups[0]["lr"])
             self._schedule.step()
             self._step += 1
-            self._columns = (*output._fields, "grad_norm")
-            losses = parts[0] if len(parts) == 1 else torch.stack(parts).mean(dim=0)
-            self._pending.append((self._step, torch.cat([losses, grad_norm.reshape(1)]), lr))
-            parts = []
+            self._pending.add(self._step, outputs, grad_norm, lr)
+            outputs = []
             if self._step % self.config.log_every == 0:
                 self._flush(log, bar)
             bar.update()
@@ -174,35 +174,22 @@ class Trainer:
 
     def _flush(self, log: MetricsLog | None, bar: Any) -> None:
         """Waits for the device and writes the pending steps down; stops the run at the first that is not finite."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        table = self.accelerator.reduce(torch.stack([values for _, values, _ in pending]), "mean").tolist()
-        for (step, _, lr), row in zip(pending, table, strict=True):
-            numbers = dict(zip(self._columns, row, strict=True))
+        for step, values in self._pending.take(self.accelerator):
             # A gradient scaler skips the steps whose gradients overflow; without one they ruin the parameters.
             scaled = self.accelerator.scaler is not None
-            bad = [name for name in numbers if not math.isfinite(numbers[name])]
+            bad = [name for name in values if not math.isfinite(values[name])]
             losses = [name for name in bad if name != "grad_norm"]
             if losses or (bad and not scaled):
                 raise NonFiniteLossError(
-                    f"the loss is {numbers['loss']} at step {step} (not finite: {', '.join(losses or bad)}); training "
+                    f"the loss is {values['loss']} at step {step} (not finite: {', '.join(losses or bad)}); training "
                     f"stopped. The last good checkpoint is {self._saved or 'none'}; resume from it with a lower "
                     f"learning rate, or in bf16 or float32 in place of fp16"
                 )
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             if log is not None:
-                log.write(step, "train", {**numbers, "lr": lr})
-        bar.set_postfix(loss=f"{numbers['loss']:.4f}")
+                log.write(step, "train", values)
         if log is not None:
             log.flush()
-
-    def _lr_factor(self, step: int) -> float:
-        warmup = self.config.warmup_steps
-        if step < warmup:
-            return (step + 1) / warmup
-        start = max(warmup, round(self.total_steps * (1 - self.config.decay_share)))
-        progress = (step - start) / max(self.total_steps - start, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluate is not None
@@ -215,8 +202,7 @@ class Trainer:
     def _enter_folder(self, resume: bool) -> Path | None:
         """Makes the run's folder and gives the checkpoint to start from."""
         out = self.config.out
-        # The command line leaves its options there before the run.
-        if not resume and out.exists() and any(path.name != "config.yaml" for path in out.iterdir()):
+        if not resume and out.exists() and any(out.iterdir()):
             raise FileExistsError(f"out: {out} exists and is not empty; resume the run in it, or name another folder")
         out.mkdir(parents=True, exist_ok=True)
         return checkpoint.latest_checkpoint(self.checkpoints) if resume else None
@@ -267,7 +253,7 @@ class Trainer:
         self._schedule.last_epoch = self._step
         # Of this run's configuration, which may ask for a lower rate than the checkpoint's.
         for group, rate in zip(self._optimizer.param_groups, self._schedule.base_lrs, strict=True):
-            group["lr"] = rate * self._lr_factor(self._step)
+            group["lr"] = rate * self.config.lr_factor(self._step, self.total_steps)
         # A process that the saved run did not have starts its own.
         for random in state["random"][self.accelerator.process_index :][:1]:
             if self._step % self.steps_per_epoch:

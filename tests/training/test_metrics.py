@@ -2,10 +2,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
 
-from fastsds.training.metrics import MetricsLog, read_metrics
+from fastsds.training.metrics import MetricsLog, PendingMetrics, read_metrics
+
+
+class _Losses(NamedTuple):
+    loss: Tensor
+    part: Tensor
+
+
+def test_pending_steps_are_means_over_batches_and_processes_taken_once() -> None:
+    pending, calls = PendingMetrics(), []
+
+    def reduce(table: Tensor, how: str) -> Tensor:
+        calls.append((list(table.shape), how))
+        return table + 1  # what the other processes add to the mean
+
+    accelerator: Any = SimpleNamespace(reduce=reduce)
+    assert pending.take(accelerator) == []
+    halves = [_Losses(torch.tensor(loss), torch.tensor(part)) for loss, part in ((1.0, 4.0), (2.0, 8.0))]
+    pending.add(6, halves, torch.tensor(0.25), 0.5)
+    pending.add(7, halves[:1], torch.tensor(0.75, dtype=torch.float64), 0.125)
+    assert pending.take(accelerator) == [
+        (6, {"loss": 2.5, "part": 7.0, "grad_norm": 1.25, "lr": 0.5}),
+        (7, {"loss": 2.0, "part": 5.0, "grad_norm": 1.75, "lr": 0.125}),
+    ]
+    assert calls == [([2, 3], "mean")]
+    assert pending.take(accelerator) == []
 
 
 def _write(folder: Path, steps: range, resume_step: int = 0) -> None:

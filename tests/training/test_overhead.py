@@ -64,7 +64,7 @@ def test_the_device_is_waited_for_only_when_metrics_are_written(
     trainer = distillation(tmp_path, rows=64, workers=1, run={"steps": 9, "log_every": 3}, **options)
     waits = _Waits()
     waits.count_reads(monkeypatch)
-    step, advance = trainer._optimizer.optimizer.step, trainer._epoch
+    step, advance = trainer._optimizer.step, trainer._epoch
     per_step: list[dict[str, int]] = []
 
     def optimizer_step(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ def test_the_device_is_waited_for_only_when_metrics_are_written(
             waits.counts.clear()
             yield done
 
-    trainer._optimizer.optimizer.step = optimizer_step
+    trainer._optimizer.step = optimizer_step
     trainer._epoch = epoch
     with waits:
         trainer.fit()
