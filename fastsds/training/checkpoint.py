@@ -144,8 +144,8 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def drop_old(root: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints below `root`."""
-    for path in sorted(path for path in root.glob("step-*") if path.is_dir())[:-keep]:
+    """Removes all but the last `keep` checkpoints below `root`, and what a killed process had begun to write."""
+    for path in [*sorted(path for path in root.glob("step-*") if path.is_dir())[:-keep], *root.glob(".step-*.partial")]:
         shutil.rmtree(path)
 
 

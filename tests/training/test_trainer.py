@@ -323,6 +323,14 @@ def test_the_last_checkpoints_are_kept(toy: Any, loader: Any, config: Any, keep:
     assert result.checkpoint.name == found[-1]
 
 
+def test_what_a_killed_process_had_begun_to_write_goes(toy: Any, loader: Any, config: Any) -> None:
+    begun = config().out / "checkpoints" / ".step-00000009.partial"
+    begun.mkdir(parents=True)
+    (begun / "trained.safetensors").write_bytes(b"half")
+    result = Trainer(toy(), loader(), config(steps=2)).fit(resume=True)
+    assert list(begun.parent.iterdir()) == [result.checkpoint]
+
+
 def test_checkpoints_come_at_the_end_of_epochs_by_default(toy: Any, loader: Any, config: Any) -> None:
     Trainer(toy(), loader(), config(steps=14)).fit()
     found = sorted(path.name for path in (config().out / "checkpoints").iterdir())
