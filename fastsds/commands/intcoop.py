@@ -125,7 +125,8 @@ def run_intcoop(config: IntCoOpRun) -> None:
     else:
         outcomes = accuracy(model, split, clip, config.loading)
     save_results(out / RESULTS, outcomes, description=description)
-    say(f"the run is in {out}; measure it again: fastsds evaluate base-to-novel --run {out}")
+    again = f"; measure it again: fastsds evaluate base-to-novel --run {out}" if config.base_to_novel else ""
+    say(f"the run is in {out}{again}")
 
 
 def make_model(config: IntCoOpRun, clip: LoadedCLIP, classnames: tuple[str, ...]) -> PromptedCLIP:

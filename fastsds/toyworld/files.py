@@ -13,6 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from fastsds.data.fewshot import LabelledImage
 from fastsds.toyworld.fewshot import few_shot_task
+from fastsds.toyworld.scenes import SHAPES
 from fastsds.toyworld.tasks import Split, composition_pairs, training_scenes
 
 
@@ -93,7 +94,10 @@ def write_winoground(folder: Path, count: int, split: Split = "test") -> None:
 
 
 def write_few_shot(folder: Path, train_per_class: int, test_per_class: int) -> None:
-    """`{train,val,test}/<shape>/<number>.png`, `split.json` of the same images, and `attributes.jsonl` of train's."""
+    """`{train,val,test}/<shape>/<number>.png`, `split.json` of the same images, and `attributes.jsonl` of train's.
+
+    Labels follow the sorted names, as those of folders do.
+    """
     task = few_shot_task(train_per_class, min(train_per_class, 4), test_per_class)
     split = {part: _write_part(folder, part, getattr(task, part)) for part in ("train", "val", "test")}
     _write_json(folder / "split.json", split)
@@ -105,12 +109,13 @@ def write_few_shot(folder: Path, train_per_class: int, test_per_class: int) -> N
 
 
 def _write_part(folder: Path, part: str, items: Sequence[LabelledImage]) -> list[list[Any]]:
+    names = sorted(SHAPES)
     rows: list[list[Any]] = []
     for number, item in enumerate(items):
         key = f"{part}/{item.classname}/{number:05d}.png"
         assert isinstance(item.image, Image.Image)
         _save(item.image, folder / key)
-        rows.append([key, item.label, item.classname])
+        rows.append([key, names.index(item.classname), item.classname])
     return rows
 
 

@@ -1,0 +1,128 @@
+"""The benchmarks from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsds import cli
+from fastsds.clip.source import ClipSource
+from fastsds.data.captions import open_image
+from fastsds.evaluation.zeroshot import zero_shot_accuracy
+
+
+def results(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def evaluate(*arguments: str | Path) -> None:
+    words = ["evaluate", *map(str, arguments), "--debug"]
+    assert cli.main(words) == 0, " ".join(words)
+
+
+MODEL = ("--clip.name", "toyworld", "--workers", "0")
+
+
+def test_zeroshot(world: Path, tmp_path: Path) -> None:
+    folder = world / "fewshot/test"
+    evaluate("zeroshot", "--data", folder, *MODEL, "--out", tmp_path / "out")
+    clip = ClipSource("toyworld").load()
+    names = sorted(path.name for path in folder.iterdir())
+    paths = [(path, label) for label, name in enumerate(names) for path in sorted((folder / name).iterdir())]
+    images = torch.stack([clip.preprocess(open_image(path)) for path, _ in paths])
+    labels = torch.tensor([label for _, label in paths])
+    expected = zero_shot_accuracy(clip.model, clip.tokenizer, images, labels, names, ["a photo of a {}."])
+    assert results(tmp_path / "out")["figures"]["accuracy"]["micro"] == pytest.approx(expected)
+
+
+def test_retrieval(world: Path, tmp_path: Path) -> None:
+    coco = world / "coco"
+    data = ("--data", coco / "annotations/captions_train.json", "--images", coco / "train")
+    evaluate("retrieval", *data, *MODEL, "--out", tmp_path / "out")
+    shares = [figure["micro"] for name, figure in results(tmp_path / "out")["figures"].items() if "text-to" in name]
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.5  # at chance 10 of 48
+
+
+def test_sugarcrepe_and_aro_read_their_files(world: Path, tmp_path: Path) -> None:
+    """Made of the Winoground pairs: the other caption is the wrong one."""
+    rows = [json.loads(line) for line in (world / "winoground/examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    images = world / "winoground/images"
+    crepe = {
+        str(row["id"]): {
+            "filename": f"{row['image_0']}.png", "caption": row["caption_0"], "negative_caption": row["caption_1"],
+        }
+        for row in rows
+    }  # fmt: skip
+    (tmp_path / "swap_obj.json").write_text(json.dumps(crepe), encoding="utf-8")
+    box = {"bbox_x": 0, "bbox_y": 0, "bbox_w": 32, "bbox_h": 32}
+    aro = [
+        {
+            "image_path": f"{row['image_0']}.png", "true_caption": row["caption_0"],
+            "false_caption": row["caption_1"], "relation_name": row["tag"], **box,
+        }
+        for row in rows
+    ]  # fmt: skip
+    (tmp_path / "relation.json").write_text(json.dumps(aro), encoding="utf-8")
+    evaluate(
+        "sugarcrepe",
+        "--data",
+        tmp_path,
+        "--images",
+        images,
+        "--splits",
+        "swap_obj",
+        *MODEL,
+        "--out",
+        tmp_path / "crepe",
+    )
+    evaluate(
+        "aro", "--task", "vg-relation", "--data", tmp_path / "relation.json", "--images", images, *MODEL,
+        "--leave-out", "attribute", "--out", tmp_path / "aro",
+    )  # fmt: skip
+    asked, published = (results(tmp_path / "aro")["figures"][name] for name in ("accuracy", "published"))
+    assert results(tmp_path / "crepe")["figures"]["accuracy"]["micro"] == asked["micro"]
+    assert published["micro"] == asked["by_group"]["relation"]
+
+
+def test_the_diffusion_score_beside_clip(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", world / "winoground")
+    evaluate("winoground", *data, *MODEL, "--out", tmp_path / "clip")
+    capsys.readouterr()
+    evaluate(
+        "diffusion-score", "--benchmark", "winoground", *data, "--teacher.source", "toyworld", "--draws", "32",
+        "--t-range", "850", "1000", "--out", tmp_path / "teacher", "--compare", tmp_path / "clip",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    cost = json.loads((tmp_path / "teacher/cost.json").read_text(encoding="utf-8"))
+    assert f"{cost['per_decision']:.1f} U-Net evaluations per decision" in printed
+    assert cost["evaluations"] < cost["full_grid"]
+    figures = results(tmp_path / "teacher")
+    assert figures["figures"]["group"]["by_group"]["Relation"] == 1.0  # the toy CLIP is at chance there
+    assert figures["comparison"]["group"]["difference"] > 0
+
+
+def test_a_model_is_asked_for(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "winoground", "--data", str(world / "winoground")]) == 1
+    expected = "fastsds: clip.name: expected a CLIP model, or --checkpoint with a distilled one, got neither\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_unknown_benchmarks_are_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "winogroud"]) == 2
+    expected = "fastsds: evaluate winogroud: there is no such command; did you mean evaluate winoground?\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_results_of_other_data_are_not_compared(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate("zeroshot", "--data", world / "fewshot/test", *MODEL, "--out", tmp_path / "out")
+    words = ["evaluate", "winoground", "--data", str(world / "winoground"), *MODEL, "--compare", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert cli.main(words) == 1
+    assert "benchmark: expected the same of both" in capsys.readouterr().err
