@@ -21,7 +21,9 @@ FLOORS = (
     ("diffusion", "clip"),
     ("sdsclip", "intcoop"),
     ("data", "evaluation", "training"),
-    ("toyworld", "cli"),
+    ("toyworld",),
+    ("commands",),
+    ("cli",),
 )
 README_SNIPPETS = [
     snippet
