@@ -58,7 +58,7 @@ wheel: install  ## Build the wheel for the CPU into dist/.
 wheel-cuda: install $(NVCC)  ## Build the wheel with CUDA kernels into dist/; needs no GPU.
 	rm -rf dist/raw
 	FASTSDS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" \
-	CUDA_HOME="$$($(BIN)/python -c 'import nvidia, pathlib; print(next(pathlib.Path(nvidia.__path__[0]).glob("cu*")))')" \
+	CUDA_HOME="$$($(BIN)/python -c 'import nvidia, pathlib; print(next(pathlib.Path(nvidia.__path__[0]).glob("cu*/bin/nvcc")).parents[1])')" \
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist/raw .
 	PATH="$(abspath $(BIN)):$$PATH" $(AUDITWHEEL) dist/raw/*.whl
 

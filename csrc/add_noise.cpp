@@ -52,14 +52,15 @@ void add_noise_backward_in(const at::Tensor& grad, const at::Tensor& alpha_t, co
       const int64_t image = task / tasks.blocks, offset = task % tasks.blocks * kBlock;
       const int64_t count = std::min(kBlock, tasks.elements - offset), first = image * tasks.elements + offset;
       T* sum = target.place(first, result);
-      std::fill_n(sum, count, T(0));
       for (int64_t draw = image * draws; draw < (image + 1) * draws; ++draw) {
-        accumulate(alpha[draw], source.read(draw * tasks.elements + offset, count, in), count, sum);
+        const T* upstream = source.read(draw * tasks.elements + offset, count, in);
+        sum_up(draw == image * draws, alpha[draw], upstream, count, sum);
       }
       target.write(first, count, sum);
     }
   });
   target.finish();
+  if (draws == 0) out.zero_();
 }
 
 void add_noise(const at::Tensor& latents, const at::Tensor& alpha_t, const at::Tensor& sigma_t, const at::Tensor& seed,

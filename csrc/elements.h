@@ -83,6 +83,12 @@ inline const float* noise(uint64_t seed, uint64_t first, int64_t count, float* b
   return buffer + skipped;
 }
 
+// sum = factor x for the first of several x, sum += factor x for the others.
+template <typename T>
+void sum_up(bool is_first, T factor, const T* x, int64_t count, T* sum) {
+  is_first ? scale(factor, x, count, sum) : accumulate(factor, x, count, sum);
+}
+
 // `[batch, draws]` coefficients in the compute type, dense.
 template <typename T>
 at::Tensor coefficients(const at::Tensor& tensor) {
@@ -95,7 +101,7 @@ struct Tasks {
 
   Tasks(int64_t batch, int64_t draws, int64_t elements) : elements(elements) {
     blocks = (elements + kBlock - 1) / kBlock;
-    count = batch * blocks;
+    count = draws > 0 ? batch * blocks : 0;
     constexpr int64_t kElementsPerThread = 16384;
     const int64_t per_task = std::max<int64_t>(1, std::min(elements, kBlock) * draws);
     grain = std::max<int64_t>(1, kElementsPerThread / per_task);

@@ -69,7 +69,6 @@ void residual_pass(const at::Tensor& grad, const at::Tensor& prediction, const a
       const int64_t image = task / tasks.blocks, block = task % tasks.blocks, offset = block * kBlock;
       const int64_t count = std::min(kBlock, tasks.elements - offset), first_latent = image * tasks.elements + offset;
       T* sum = grad_latents.place(first_latent, sums);
-      if (grad_latents.defined()) std::fill_n(sum, count, T(0));
       for (int64_t draw = image * draws; draw < (image + 1) * draws; ++draw) {
         const int64_t first = draw * tasks.elements + offset;
         const Line<T> line = line_of(options.prediction_type, alpha[draw], sigma[draw]);
@@ -92,7 +91,8 @@ void residual_pass(const at::Tensor& grad, const at::Tensor& prediction, const a
         };
         write(grad_text, text_share * line.slope * scaled);
         write(grad_uncond, (1 - text_share) * line.slope * scaled);
-        if (grad_latents.defined()) accumulate(skip ? scaled : line.slope_latents * scaled, residuals, count, sum);
+        const T in_latents_factor = skip ? scaled : line.slope_latents * scaled;
+        if (grad_latents.defined()) sum_up(draw == image * draws, in_latents_factor, residuals, count, sum);
       }
       if (grad_latents.defined()) grad_latents.write(first_latent, count, sum);
     }
@@ -107,6 +107,7 @@ void residual_pass(const at::Tensor& grad, const at::Tensor& prediction, const a
   grad_text.finish();
   grad_latents.finish();
   grad_uncond.finish();
+  if (draws == 0 && grad_latents.defined()) gradients[1].zero_();
 }
 
 void run(const at::Tensor& grad, const at::Tensor& prediction, const at::Tensor& latents, const at::Tensor& alpha_t,
