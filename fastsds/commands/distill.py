@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import nn
 
 from fastsds.clip.source import ClipSource, LoadedCLIP
 from fastsds.commands.configs import FILE_NAME, is_main_process, save_config, say
 from fastsds.commands.latents import fit_projector, with_latents
+from fastsds.commands.runs import fit, open_run
 from fastsds.data.captions import CaptionDataset
 from fastsds.data.loader import caption_loader
 from fastsds.data.source import CaptionSource
@@ -27,7 +27,7 @@ from fastsds.ops.sds_loss import Jacobian
 from fastsds.sdsclip.distiller import SDSDistiller, SDSOn
 from fastsds.training.checkpoint import latest_checkpoint
 from fastsds.training.distill import DistillConfig, DistillTrainer
-from fastsds.training.processes import on_main_process, start_accelerator
+from fastsds.training.processes import start_accelerator
 
 TEACHER = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 BAD_IMAGES = "bad_images.jsonl"
@@ -144,7 +144,7 @@ def run_distill(config: DistillRun) -> None:
         dataset = with_latents(teacher, dataset.with_swapped_candidates(), workers=config.workers, progress=progress)
     loader = caption_loader(dataset, config.batch_size, config.workers, seed=config.train.seed)
     evaluate = None if config.winoground is None else Winoground(config.winoground, clip, config.workers)
-    DistillTrainer(distiller, loader, config.train, evaluate).fit(resume=True)
+    fit(DistillTrainer(distiller, loader, config.train, evaluate), "distill")
     _report(out, dataset)
 
 
@@ -160,19 +160,6 @@ def make_distiller(config: DistillRun, clip: LoadedCLIP, teacher: DiffusionTeach
         t_range=sds.t_range, guidance_scale=sds.guidance_scale, normalize=sds.normalize,
         ranking_weight=ranking.weight, ranking_temperature=ranking.temperature, scorer=scorer, seed=sds.seed,
     )  # fmt: skip
-
-
-def open_run(accelerator: Accelerator, out: Path, *, resume: bool) -> None:
-    """
-    Raises:
-        FileExistsError: the run's folder holds something and is not to be resumed.
-    """
-
-    def check() -> None:
-        if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"out: {out} exists; go on with --resume, or name another folder")
-
-    on_main_process(accelerator, check)
 
 
 class Winoground:

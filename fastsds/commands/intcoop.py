@@ -17,9 +17,9 @@ from fastsds.clip.errors import ClipSourceError, one_line_errors
 from fastsds.clip.prompts import ClassPosition
 from fastsds.clip.source import ClipSource, LoadedCLIP
 from fastsds.commands.configs import FILE_NAME, is_main_process, parse, save_config, say
-from fastsds.commands.distill import open_run
 from fastsds.commands.fewshot import FewShotSource, Loading, accuracy, base_to_novel, harmonic_mean
 from fastsds.commands.results import save_results
+from fastsds.commands.runs import fit, open_run
 from fastsds.data.fewshot import FewShotDataset, FewShotSplit
 from fastsds.evaluation.base_to_novel import classification_accuracy
 from fastsds.intcoop.attributes import AttributeSpace
@@ -198,4 +198,4 @@ def _train(config: IntCoOpRun, model: PromptedCLIP, few: FewShotSplit, clip: Loa
             return {"validation": classification_accuracy(model, validation)}
 
     # The shots are drawn already, before the base classes were taken, as CoOp does.
-    IntCoOpTrainer(model, loader, dataclasses.replace(config.train, shots=None), evaluate).fit(resume=True)
+    fit(IntCoOpTrainer(model, loader, dataclasses.replace(config.train, shots=None), evaluate), "intcoop")

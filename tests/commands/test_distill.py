@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ import fastsds
 from fastsds import cli
 from fastsds.clip.source import ClipSource
 from fastsds.commands.configs import parse
-from fastsds.commands.distill import DistillRun
+from fastsds.commands.distill import DistillRun, Winoground
 from fastsds.evaluation.winoground import read_winoground, winoground_scores, winoground_similarity
 from fastsds.training.metrics import read_metrics
 
@@ -108,14 +110,19 @@ def test_a_run_keeps_its_config_and_says_what_comes_next(
     assert [row["loss"] for row in first] == [row["loss"] for row in second]
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(distil: list[str], distilled: Path, tmp_path: Path) -> None:
-    """The first two of four steps, the rest in a second run."""
+def test_a_stopped_run_goes_on_to_the_same_numbers(
+    distil: list[str], distilled: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Ctrl-C comes in the evaluation after the second of four steps."""
     out = tmp_path / "run"
-    run(*distil, "--train.out", out, "--train.save-every", "2")
-    (out / "checkpoints/step-00000004").rename(tmp_path / "gone")
-    log = out / "metrics.jsonl"
-    log.write_text("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
-    run("distill", "--config", out / "config.yaml", "--resume")
+    with monkeypatch.context() as patched:
+        patched.setattr(Winoground, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGINT) or {})
+        assert cli.main([*distil, "--train.out", str(out), "--train.evaluate-every", "2"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    saved, go_on = out / "checkpoints/step-00000002", f"fastsds distill --config {out / 'config.yaml'} --resume"
+    assert last == f"fastsds: stopped after step 2 of 4, saved as {saved}; go on: {go_on}"
+    run(*go_on.split()[1:])
     whole, resumed = (read_metrics(folder / "metrics.jsonl", "train") for folder in (distilled, out))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     assert yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))["resume"] is False
