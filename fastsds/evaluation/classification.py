@@ -14,6 +14,7 @@ from fastsds.data.files import DataError, first_names, read_json
 from fastsds.data.images import IMAGE_SUFFIXES, ImageSource, open_image
 from fastsds.evaluation.judge import ClipJudge
 from fastsds.evaluation.outcomes import Figure, Outcomes
+from fastsds.evaluation.records import read_lines
 from fastsds.evaluation.zeroshot import class_embeddings, strict_hits
 
 TORCHVISION: dict[str, dict[str, Any]] = {
@@ -106,7 +107,8 @@ def read_classnames(source: str | Path) -> tuple[str, ...]:
     an object come in the order of its folders.
 
     Raises:
-        DataError: a file that cannot be read, or that holds anything else.
+        DataError: a file that cannot be read, or that holds anything else; an object whose folders are numbers that
+            sort otherwise as text, which says two orders.
     """
     if str(source) == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES
@@ -114,13 +116,17 @@ def read_classnames(source: str | Path) -> tuple[str, ...]:
         return tuple(IMAGENET_CLASSNAMES)
     path = Path(source)
     if path.suffix != ".json":
-        return _read_lines(path)
+        return _some_lines(path)
     document = read_json(path)
     if isinstance(document, dict):
         # torchvision's index lists the folders; any other object is keyed by them.
-        pairs = [(value[0], value[1]) if isinstance(value, list) and len(value) == 2 else (key, value)
-                 for key, value in document.items()]  # fmt: skip
-        document = [name for _, name in sorted(pairs)]
+        pairs = (value if isinstance(value, list) and len(value) == 2 else (key, value)
+                 for key, value in document.items())  # fmt: skip
+        by_folder = {str(folder): name for folder, name in pairs}
+        folders = sorted(by_folder)
+        if all(map(str.isdecimal, folders)) and folders != sorted(folders, key=int):
+            raise DataError(f"classnames: the keys of {path} sort otherwise as folders than as numbers; give a list")
+        document = [by_folder[folder] for folder in folders]
     if not isinstance(document, list) or not document or not all(isinstance(name, str) for name in document):
         raise DataError(f"classnames: expected a list of names in {path}, or an object from folder to name")
     return tuple(document)
@@ -144,7 +150,7 @@ def read_templates(source: str | Path) -> tuple[str, ...]:
         makers = open_clip.SIMPLE_IMAGENET_TEMPLATES if source == "simple" else open_clip.OPENAI_IMAGENET_TEMPLATES
         return tuple(make("{}") for make in makers)
     path = Path(source)
-    found = read_json(path) if path.suffix == ".json" else _read_lines(path)
+    found = read_json(path) if path.suffix == ".json" else _some_lines(path)
     templates = found if isinstance(found, (list, tuple)) else [found]
     bad = [template for template in templates if not isinstance(template, str) or "{}" not in template]
     if bad or not templates:
@@ -195,13 +201,8 @@ class _Labelled(Dataset[dict[str, Any]]):
         return {"images": self.preprocess(open_image(image)), "labels": int(label)}
 
 
-def _read_lines(path: Path) -> tuple[str, ...]:
-    try:
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except OSError as error:
-        raise DataError(f"path: could not read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"path: {path} is not UTF-8: {error}") from error
+def _some_lines(path: Path) -> tuple[str, ...]:
+    lines = read_lines(path)
     if not lines:
         raise DataError(f"path: expected lines in {path}, got none")
-    return lines
+    return tuple(lines)

@@ -1,4 +1,4 @@
-"""What the readers of benchmark files share: JSON whose faults are named."""
+"""What the readers of benchmark files share: files whose faults are named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     Raises:
         DataError: a file that cannot be read or is not JSON, no list, an empty one, or a row without one of the fields.
     """
-    rows = _read_lines(path) if path.suffix == ".jsonl" else read_json(path)
+    rows = _parse_lines(path) if path.suffix == ".jsonl" else read_json(path)
     if not isinstance(rows, list) or not rows:
         found = "an empty list" if isinstance(rows, list) else type(rows).__name__
         raise DataError(f"path: expected a list of rows in {path}, got {found}")
@@ -55,10 +55,24 @@ def check_images(paths: Sequence[Path], where: Path) -> None:
         )
 
 
-def _read_lines(path: Path) -> list[Any]:
+def read_lines(path: Path) -> list[str]:
+    """The lines that are not blank, without white space at their ends.
+
+    Raises:
+        DataError: the file cannot be read or is not UTF-8.
+    """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"path: could not read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"path: {path} is not UTF-8: {error}") from error
+    # `splitlines` would also cut at characters that a caption may hold, such as U+2028.
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _parse_lines(path: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in read_lines(path)]
+    except json.JSONDecodeError as error:
         raise DataError(f"path: {path} is not JSON line by line: {error}") from error

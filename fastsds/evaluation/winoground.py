@@ -50,10 +50,9 @@ def winoground_scores(similarity: Float[Tensor, "examples 2 2"]) -> WinogroundSc
         raise ValueError(f"similarity: expected [examples, 2, 2] with examples, got {list(similarity.shape)}")
     if not bool(similarity.isfinite().all()):
         raise ValueError("similarity: expected finite values")
-    first, second = prefers_own_caption(similarity).unbind(dim=1)
-    text = first & second
-    image = (similarity[:, 0, 0] > similarity[:, 0, 1]) & (similarity[:, 1, 1] > similarity[:, 1, 0])
-    shares = (torch.stack([first, second]), text, image, text & image)
+    pair = prefers_own_caption(similarity)
+    text, image = pair.all(dim=1), prefers_own_caption(similarity.transpose(1, 2)).all(dim=1)
+    shares = (pair, text, image, text & image)
     return WinogroundScores(*(share.double().mean().item() for share in shares))
 
 
@@ -117,10 +116,6 @@ def _read_unpacked(path: Path, root: Path) -> list[TwoByTwo]:
 
 
 def _read_table(source: str) -> list[TwoByTwo]:
-    if not Path(source).exists() and source.count("/") != 1:
-        raise DataError(
-            f"source: {source} does not exist; name the folder of examples.jsonl, or a hub id like {HUB_ID}"
-        )
     try:
         table = load_table(source, "test")
     except DataError as error:

@@ -122,13 +122,14 @@ def test_imagenets_names_and_clips_templates_are_open_clips() -> None:
     ("name", "text"),
     [
         ("names.txt", "tench\n\npolar bear\n"),
+        ("windows.txt", "\ufefftench\r\npolar bear\r\n"),
         ("names.json", '["tench", "polar bear"]'),
         ("folders.json", '{"n02": "polar bear", "n01": "tench"}'),
         ("imagenet_class_index.json", '{"0": ["n01440764", "tench"], "1": ["n02134084", "polar bear"]}'),
     ],
 )
 def test_class_names_come_from_files(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     assert read_classnames(tmp_path / name) == ("tench", "polar bear")
 
 
@@ -138,9 +139,12 @@ def test_class_names_come_from_files(tmp_path: Path, name: str, text: str) -> No
         ("names.json", "[1, 2]", r"classnames: expected a list of names in .*names\.json"),
         ("names.json", "[]", r"classnames: expected a list of names in .*names\.json"),
         ("names.json", "[", r"path: .*names\.json is not JSON"),
+        ("names.json", '{"n01": 1}', r"classnames: expected a list of names in .*names\.json"),
         ("names.txt", " \n", r"path: expected lines in .*names\.txt, got none"),
+        ("index.json", json.dumps({str(at): f"class {at}" for at in range(11)}),
+         r"classnames: the keys of .*index\.json sort otherwise as folders than as numbers; give a list"),
     ],
-)
+)  # fmt: skip
 def test_wrong_class_names_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):

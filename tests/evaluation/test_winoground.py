@@ -142,6 +142,17 @@ def test_the_unpacked_folder_is_read(tmp_path: Path, paint: Any, colour_judge: A
     assert {figure.micro for figure in figures.values()} == {1}
 
 
+def test_captions_may_hold_any_character(tmp_path: Path, paint: Any) -> None:
+    """Characters at which Python, but not JSON, ends a line; written as they are."""
+    _write_unpacked(tmp_path, paint)
+    path = tmp_path / "examples.jsonl"
+    captions = ["ein Hündchen\u2028auf Gras", "犬\x85と猫"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1] |= {"caption_0": captions[0], "caption_1": captions[1]}
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert read_winoground(tmp_path)[1].captions == tuple(captions)
+
+
 @pytest.mark.parametrize("saved_by", ["save_to_disk", "dataset dict", "parquet"])
 def test_what_datasets_saves_is_read(tmp_path: Path, paint: Any, saved_by: str, monkeypatch: Any) -> None:
     """As the hub has it: both images inside the rows."""
