@@ -65,15 +65,28 @@ std::vector<int64_t> strata_of(uint64_t seed, int64_t batch, int64_t draws) {
   return strata;
 }
 
+// Several searches at a time, because each step of one waits for the last.
 template <typename T>
-void draw_by_mass(const std::vector<int64_t>& strata, const std::vector<uint32_t>& jitter, const at::Tensor& cdf,
+void draw_by_mass(const std::vector<int64_t>& strata, const std::vector<uint32_t>& jitter, const at::Tensor& table,
                   const Range& range, int64_t* t, double* correction) {
-  const at::Tensor dense = cdf.contiguous();
+  constexpr int64_t kSearches = 8;
+  const at::Tensor dense = table.contiguous();
+  const T* cdf = dense.const_data_ptr<T>();
+  const Mass mass = mass_of(cdf, range.first, range.first + range.span);
   const int64_t count = static_cast<int64_t>(strata.size());
-  for (int64_t i = 0; i < count; ++i) {
-    const Drawn drawn = by_mass(strata[i], jitter[i], count, dense.const_data_ptr<T>(), dense.numel(), range);
-    t[i] = drawn.t;
-    correction[i] = drawn.correction;
+  for (int64_t first = 0; first < count; first += kSearches) {
+    const int64_t searches = std::min(kSearches, count - first);
+    double wanted[kSearches] = {};
+    int64_t found[kSearches] = {};
+    for (int64_t i = 0; i < searches; ++i) wanted[i] = quantile(strata[first + i], jitter[first + i], count, mass);
+    for (int64_t length = dense.numel(); length > 0; length /= 2) {
+      for (int64_t i = 0; i < kSearches; ++i) found[i] = moved(found[i], (length + 1) / 2, cdf, wanted[i]);
+    }
+    for (int64_t i = 0; i < searches; ++i) {
+      const Drawn drawn = drawn_at(found[i], cdf, mass, range);
+      t[first + i] = drawn.t;
+      correction[first + i] = drawn.correction;
+    }
   }
 }
 

@@ -31,27 +31,36 @@ FASTSDS_INLINE int64_t within_stratum(int64_t stratum, uint32_t word, int64_t co
   return range.first + (stratum * range.span + position_of(word, range.span)) / count;
 }
 
-// The inverse of `cdf` `[timesteps]`, which need not be normalised, at a random place of a stratum; with
-// 1 / (span p(t)), p being the probability within the range.
+// The mass of a range of a `cdf` `[timesteps]`, which need not be normalised.
+struct Mass {
+  double below, own;
+};
+
 template <typename T>
-FASTSDS_INLINE Drawn by_mass(int64_t stratum, uint32_t word, int64_t count, const T* cdf, int64_t timesteps,
-                             const Range& range) {
-  const int64_t end = range.first + range.span;
-  const double below = range.first > 0 ? static_cast<double>(cdf[range.first - 1]) : 0.0;
-  const double mass = static_cast<double>(cdf[end - 1]) - below;
+FASTSDS_INLINE Mass mass_of(const T* cdf, int64_t first, int64_t end) {
+  const double below = first > 0 ? static_cast<double>(cdf[first - 1]) : 0.0;
+  return {below, static_cast<double>(cdf[end - 1]) - below};
+}
+
+// A random place of a stratum, in the mass of the range.
+FASTSDS_INLINE double quantile(int64_t stratum, uint32_t word, int64_t count, const Mass& mass) {
   const double place = static_cast<double>(stratum) + static_cast<double>(word) * 0x1p-32;
-  const double wanted = below + place / static_cast<double>(count) * mass;
-  // The first timestep whose cdf exceeds `wanted`, by halving without a branch, which no processor could predict.
-  int64_t t = 0;
-  for (int64_t length = timesteps; length > 0;) {
-    const int64_t half = (length + 1) / 2;
-    t += half * static_cast<int64_t>(!(static_cast<double>(cdf[t + half - 1]) > wanted));
-    length -= half;
-  }
+  return mass.below + place / static_cast<double>(count) * mass.own;
+}
+
+// One step of the search for the first timestep whose cdf exceeds `wanted`: `t` moves over `half` timesteps that do
+// not. Without a branch, which no processor could predict.
+template <typename T>
+FASTSDS_INLINE int64_t moved(int64_t t, int64_t half, const T* cdf, double wanted) {
+  return t + (half & -static_cast<int64_t>(!(static_cast<double>(cdf[t + half - 1]) > wanted)));
+}
+
+// What was found, with 1 / (span p(t)), p being the probability within the range.
+template <typename T>
+FASTSDS_INLINE Drawn drawn_at(int64_t t, const T* cdf, const Mass& mass, const Range& range) {
+  const int64_t end = range.first + range.span;
   t = t < range.first ? range.first : t > end - 1 ? end - 1 : t;
-  const double before = t > 0 ? static_cast<double>(cdf[t - 1]) : 0.0;
-  const double own = static_cast<double>(cdf[t]) - before;
-  return {t, mass / (static_cast<double>(range.span) * own)};
+  return {t, mass.own / (static_cast<double>(range.span) * mass_of(cdf, t, t + 1).own)};
 }
 
 }  // namespace fastsds

@@ -41,6 +41,16 @@ __device__ void put(void* out, bool is_double, int64_t index, double value) {
   }
 }
 
+template <typename T>
+__device__ Drawn by_mass(int64_t stratum, uint32_t word, int64_t count, const T* cdf, int64_t timesteps,
+                         const Range& range) {
+  const Mass mass = mass_of(cdf, range.first, range.first + range.span);
+  const double wanted = quantile(stratum, word, count, mass);
+  int64_t t = 0;
+  for (int64_t length = timesteps; length > 0; length /= 2) t = moved(t, (length + 1) / 2, cdf, wanted);
+  return drawn_at(t, cdf, mass, range);
+}
+
 // A block of threads serves kThreads images in one part of the range, each of them with the draw that falls there.
 template <Strategy strategy>
 __global__ void sample(Tables tables, Draws out, int64_t batch, int64_t draws, const int64_t* seed_on_device,
