@@ -10,7 +10,7 @@ from fastsds.commands.configs import say
 from fastsds.commands.evaluate import pick_device
 from fastsds.commands.fewshot import FewShotSource, Loading, base_to_novel, harmonic_mean
 from fastsds.commands.intcoop import load_run, read_run
-from fastsds.commands.results import save_results
+from fastsds.commands.results import check_places, save_results
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class BaseToNovelEvaluation:
 
 
 def run_base_to_novel(config: BaseToNovelEvaluation) -> None:
+    check_places(config.out, config.compare)
     run = read_run(config.run)
     source = run.data if config.images is None else FewShotSource(config.images, config.split)
     split = source.load()

@@ -10,7 +10,7 @@ import fastsds
 from fastsds.commands.benchmarks import Benchmark, SugarCrepeSplit, read_examples
 from fastsds.commands.configs import say
 from fastsds.commands.evaluate import pick_device
-from fastsds.commands.results import save_results
+from fastsds.commands.results import check_places, save_results
 from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.source import TeacherSource
 from fastsds.evaluation.diffusion_score import diffusion_outcomes
@@ -60,6 +60,7 @@ class DiffusionScoreEvaluation:
 
 
 def run_diffusion_score(config: DiffusionScoreEvaluation) -> None:
+    check_places(config.out, config.compare)
     examples = read_examples(config.benchmark, config.data, config.images, config.splits)
     scorer = DiffusionScorer(
         config.teacher.load(pick_device(config.device)),

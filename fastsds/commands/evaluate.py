@@ -11,7 +11,7 @@ import torch
 import fastsds
 from fastsds.clip.source import ClipSource, LoadedCLIP
 from fastsds.commands.benchmarks import AroTask, SugarCrepeSplit, read_examples
-from fastsds.commands.results import save_results
+from fastsds.commands.results import check_places, save_results
 from fastsds.evaluation.aro import with_published_macro
 from fastsds.evaluation.classification import (
     read_class_folders,
@@ -58,6 +58,7 @@ class Evaluation:
         return self.clip.load(device)
 
     def judge(self) -> ClipJudge:
+        check_places(self.out, self.compare)
         return ClipJudge(*self.load_clip(), batch_size=self.batch_size, workers=self.workers)
 
     def describe(self) -> dict[str, Any]:

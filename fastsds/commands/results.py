@@ -8,8 +8,23 @@ from typing import Any
 
 from fastsds.commands.configs import FILE_NAME, config_text, say
 from fastsds.evaluation.compare import compare
-from fastsds.evaluation.outcomes import Outcomes, read_outcomes
+from fastsds.evaluation.outcomes import OUTCOMES_FILE, Outcomes, read_outcomes
 from fastsds.evaluation.tables import comparison_table, results_table, write_results
+
+
+def check_places(out: Path | None, before: Path | None) -> None:
+    """Before anything is measured, whether what is measured can be compared and written.
+
+    Raises:
+        DataError: `before` holds no outcomes.
+        FileExistsError: `out` is something other than a folder of results.
+    """
+    if before is not None:
+        read_outcomes(before)
+    if out is None or not out.exists() or (out / OUTCOMES_FILE).is_file():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise FileExistsError(f"out: {out} exists and holds no results; name another folder")
 
 
 def save_results(

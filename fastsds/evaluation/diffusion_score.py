@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
 from fastsds.diffusion.cache import content_key
 from fastsds.diffusion.decisions import Answer, Question
 from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.teacher import DiffusionTeacher
-from fastsds.evaluation.examples import CaptionChoice, TwoByTwo
+from fastsds.evaluation.examples import CaptionChoice, TwoByTwo, check_examples
 from fastsds.evaluation.outcomes import Outcomes, choice_outcomes, pairing_outcomes
 
 
@@ -84,11 +83,10 @@ def diffusion_outcomes(
         draws, first_draws, confidence: see `DiffusionScorer.decide`; a confidence of 1 evaluates the full grid.
 
     Raises:
-        ValueError: no examples, or what `decide` refuses.
+        ValueError: no examples, two of one key, or what `decide` refuses.
         DataError: an image that cannot be read.
     """
-    if not examples:
-        raise ValueError("examples: expected at least one, got none")
+    check_examples(examples)
     answers = scorer.decide(
         _questions(scorer.teacher, examples), draws=draws, first_draws=first_draws, confidence=confidence
     )
@@ -119,5 +117,7 @@ def _outcomes(
 
 
 def _latents(teacher: DiffusionTeacher, image: Image.Image) -> Float[Tensor, "1 channels height width"]:
+    from torchvision.transforms.functional import to_tensor  # its import takes over a second
+
     pixels = to_tensor(image).unsqueeze(0)
     return teacher.encode_images_cached([content_key(pixels)], pixels)

@@ -126,3 +126,30 @@ def test_results_of_other_data_are_not_compared(
     capsys.readouterr()
     assert cli.main(words) == 1
     assert "benchmark: expected the same of both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "--compare",
+            "fastsds: path: could not read {}/outcomes.json: No such file or directory; name a folder of results",
+        ),
+        ("--out", "fastsds: out: {} exists and holds no results; name another folder"),
+    ],
+)
+def test_places_are_checked_before_anything_is_measured(
+    option: str, message: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model, which does not exist, is not looked for."""
+    (tmp_path / "notes.txt").touch()
+    words = ["evaluate", "winoground", "--data", str(world / "winoground"), "--clip.name", "none"]
+    assert cli.main([*words, option, str(tmp_path)]) == 1
+    assert capsys.readouterr().err == message.format(tmp_path) + "\n"
+
+
+def test_results_are_replaced_by_results(world: Path, tmp_path: Path) -> None:
+    data = ("--data", world / "fewshot/test", *MODEL, "--out", tmp_path / "out")
+    evaluate("zeroshot", *data)
+    evaluate("zeroshot", *data, "--templates", "simple")
+    assert results(tmp_path / "out")["description"]["templates"] == "simple"
