@@ -148,7 +148,7 @@ def _read_lines(path: Path, *, forgive_last: bool = False) -> dict[str, str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"path: could not read {path}: {error}") from error
-    lines = text.splitlines()
+    lines = text.removesuffix("\n").split("\n")
     if forgive_last and not text.endswith("\n"):
         lines = lines[:-1]
     attributes: dict[str, str] = {}

@@ -84,7 +84,7 @@ class BadImages:
 def _read_listing(path: Path | None) -> Iterator[tuple[int, str]]:
     if path is None or not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             record = json.loads(line)
             yield int(record["row"]), str(record["image"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ def read_coco(path: Path, images: Path | None = None) -> Pairs:
             `captions_train2017.json`, where there is one, else the folder of the file.
 
     Raises:
-        DataError: a file that cannot be read or is not of the format, a caption of an unknown image, or no captions.
+        DataError: a file that cannot be read or is not of the format, an id of two images, a caption of an unknown
+            image, or no captions.
     """
     document = read_json(path)
     files = _column(document, "images", {"id": int, "file_name": str}, path)
     captions: dict[int, list[str]] = {row["id"]: [] for row in files}
+    if len(captions) < len(files):
+        twice = [number for number, count in Counter(row["id"] for row in files).items() if count > 1]
+        raise DataError(f"path: expected every id once in the images of {path}, got twice {first_names(twice)}")
     annotations = _column(document, "annotations", {"image_id": int, "caption": str}, path)
     unknown = [row["image_id"] for row in annotations if row["image_id"] not in captions]
     if unknown:
@@ -46,10 +51,12 @@ def _column(document: Any, name: str, fields: dict[str, type], path: Path) -> li
         raise DataError(f"path: expected {path} to hold the lists images and annotations, {name} is none")
     for row in rows:
         if not isinstance(row, dict) or any(type(row.get(field)) is not kind for field, kind in fields.items()):
-            raise DataError(f"path: expected {' and '.join(fields)} in every one of the {name} of {path}, got {row!r}")
+            raise DataError(
+                f"path: expected {' and '.join(fields)} in every one of the {name} of {path}, got {row!r:.200}"
+            )
     return rows
 
 
 def _folder(path: Path) -> Path:
-    coco = path.parent.parent / path.stem.removeprefix("captions_")
+    coco = path.absolute().parent.parent / path.stem.removeprefix("captions_")
     return coco if coco.is_dir() else path.parent

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fastsds.data.captions import Preprocess
 from fastsds.data.files import DataError, first_names, read_json
-from fastsds.data.images import IMAGE_SUFFIXES, open_image
+from fastsds.data.images import image_files, open_image
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class FewShotSplit:
             for folder in _subfolders(root / part):
                 if folder.name not in labels:
                     raise DataError(f"root: {folder} is a class that {root / 'train'} has not")
-                images = sorted(image for image in folder.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES)
+                images = image_files(folder, "*")
                 if not images:
                     raise DataError(f"root: expected images in {folder}, got none")
                 items += [
@@ -232,7 +232,7 @@ def _parse(row: Any, part: str, path: Path, image_root: Path) -> LabelledImage:
 
 def _subfolders(folder: Path) -> list[Path]:
     try:
-        found = sorted(path for path in folder.iterdir() if path.is_dir())
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"root: could not read {folder}: {error.strerror}") from error
     if not found:

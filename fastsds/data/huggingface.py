@@ -23,6 +23,8 @@ class TableImage:
     """The `datasets.Dataset` with its images not decoded."""
     column: str
     row: int
+    root: Path
+    """That relative paths start from."""
 
     @property
     def name(self) -> str:
@@ -35,7 +37,7 @@ class TableImage:
             return content
         if path is None:
             raise OSError("the row is empty")
-        return Path(path).read_bytes()
+        return (self.root / path).read_bytes()
 
     def _content(self) -> tuple[bytes | None, str | None]:
         value = self.images[self.row][self.column]
@@ -47,19 +49,24 @@ class TableImage:
 class TableImages(Sequence[TableImage]):
     """A column of images, read row by row."""
 
-    def __init__(self, images: Any, column: str) -> None:
+    def __init__(self, images: Any, column: str, root: Path | None = None) -> None:
         self._images = images
         self._column = column
+        self._root = Path() if root is None else root
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: Any) -> Any:
-        return TableImage(self._images, self._column, range(len(self))[index])
+        return TableImage(self._images, self._column, range(len(self))[index], self._root)
 
 
 def read_huggingface(
-    path: str, image_column: str = "image", caption_column: str | None = None, split: str = "train"
+    path: str,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    split: str = "train",
+    root: Path | None = None,
 ) -> Pairs:
     """Reads a folder of `save_to_disk`, parquet files, an image folder, or a data set of the hub.
 
@@ -68,6 +75,7 @@ def read_huggingface(
         caption_column: of texts, or of lists of texts; by default the first of `caption`, `text`, `captions`,
             `sentences` that there is.
         split: of the data set.
+        root: folder that relative image paths in the data set start from; the working directory by default.
 
     Raises:
         DataError: `datasets` is not installed, data that cannot be loaded, an unknown split or column (the message
@@ -86,7 +94,7 @@ def read_huggingface(
     kind = images.features[image_column]
     if "bytes" not in kind if isinstance(kind, dict) else getattr(kind, "dtype", None) not in _ENCODED:
         raise DataError(f"image_column: expected images in {image_column!r} of {path}, got {kind}")
-    return Pairs(TableImages(images, image_column), captions)
+    return Pairs(TableImages(images, image_column, root), captions)
 
 
 def load_table(path: str, split: str) -> Any:
@@ -130,7 +138,8 @@ def encoded_images(table: Any, column: str) -> Any:
 
 
 def _captions(value: Any, column: str, path: str) -> list[str]:
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise DataError(f"caption_column: expected texts in {column!r} of {path}, got {value!r}")
+    """Empty where the row has none."""
+    captions = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in captions):
+        raise DataError(f"caption_column: expected texts in {column!r} of {path}, got {value!r:.200}")
     return captions

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastsds.data.files import DataError
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # What Pillow's decoders raise on broken files.
 _BROKEN = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error, zlib.error,
@@ -47,16 +47,18 @@ class Pairs(NamedTuple):
 
 
 def open_image(image: ImageSource) -> Image.Image:
-    """The image in RGB.
+    """The image in RGB, its pixels as they are stored: alpha and EXIF orientation are passed over, as open_clip does.
+
+    Of 16 bits, the upper 8 count.
 
     Raises:
         DataError: it does not exist or cannot be decoded.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _to_rgb(image)
     try:
         with Image.open(image if isinstance(image, (str, Path)) else io.BytesIO(image.read())) as opened:
-            return opened.convert("RGB")
+            return _to_rgb(opened)
     except FileNotFoundError as error:
         raise _absent(image) from error
     except UnidentifiedImageError as error:
@@ -88,6 +90,22 @@ def image_key(image: ImageSource) -> str:
         except OSError as error:
             raise _unreadable(image, error) from error
     return hashlib.blake2b(content, digest_size=20).hexdigest()
+
+
+def image_files(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """The image files below a folder, sorted; without the hidden ones that notebooks and macOS leave there."""
+    return sorted(
+        path
+        for path in folder.glob(pattern)
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would turn all above 255 white
+        image = image.convert("I").point(lambda value: value / 256)
+    return image.convert("RGB")
 
 
 def _absent(image: ImageSource) -> DataError:

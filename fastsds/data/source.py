@@ -29,7 +29,8 @@ class CaptionSource:
     format: CaptionFormat = "auto"
     """`auto` goes by the path; data of the hub has to be called `huggingface`."""
     images: Path | None = None
-    """Folder that image paths start from (csv, coco); by default that of the file, or COCO's own beside it."""
+    """Folder that image paths start from (csv, coco, huggingface); by default that of the file, or COCO's own beside
+    it, or of huggingface the working directory."""
     image_column: str | None = None
     """`filepath` in csv, `image` in huggingface, `file_name` in a folder's metadata unless named here."""
     caption_column: str | None = None
@@ -83,13 +84,23 @@ class CaptionSource:
         )
 
     def read(self, *, progress: bool = True) -> Pairs:
-        """The images and all captions of each.
+        """The images and all captions of each; captions that are blank, and images without any other, are left out.
 
         Raises:
             DataError: what cannot be read or is not of the format, by name.
         """
+        images, captions = self._read(progress)
+        captions = [[text for text in texts if text.strip()] for texts in captions]
+        rows = [row for row, texts in enumerate(captions) if texts]
+        if not rows:
+            raise DataError(f"path: expected images with captions in {self.path}, got none")
+        if len(rows) == len(captions):
+            return Pairs(images, captions)
+        return Pairs(_Picked(images, rows), [captions[row] for row in rows])
+
+    def _read(self, progress: bool) -> Pairs:
         kind = detect_format(self.path) if self.format == "auto" else self.format
-        path, text = Path(self.path), str(self.path)
+        path, text = Path(self.path).expanduser(), str(self.path)
         named = {"image_column": self.image_column, "caption_column": self.caption_column}
         columns: dict[str, Any] = {name: column for name, column in named.items() if column is not None}
         if kind == "csv":
@@ -99,7 +110,7 @@ class CaptionSource:
         if kind == "webdataset":
             return read_webdataset(text, self.caption_column or "caption", progress=progress)
         if kind == "huggingface":
-            return read_huggingface(text, split=self.split, **columns)
+            return read_huggingface(text, split=self.split, root=self.images, **columns)
         return read_folder(path, **columns)
 
 
@@ -109,8 +120,8 @@ def detect_format(path: Path | str) -> CaptionFormat:
     Raises:
         DataError: it does not exist, or is of a kind that none of the formats has.
     """
-    text, place = str(path), Path(path)
-    if text.endswith(".tar"):
+    text, place = str(path), Path(path).expanduser()
+    if text.endswith((".tar", ".tar.gz", ".tgz")):
         return "webdataset"
     if text.endswith(".parquet"):
         return "huggingface"

@@ -24,21 +24,28 @@ def read_csv(
 
     Raises:
         DataError: a file that is missing or not UTF-8, an unknown column (the message lists those there are), no
-            rows, or a row with too few columns.
+            rows, a row with too few columns or too many, or a quote that is not closed.
     """
     folder = path.parent if root is None else root
+    reader = None
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             if separator is None:
                 separator = "\t" if "\t" in file.readline() else ","
                 file.seek(0)
-            reader = csv.DictReader(file, delimiter=separator)
+            reader = csv.DictReader(file, delimiter=separator, strict=True)
             rows = list(reader)
             columns = list(reader.fieldnames or [])
     except OSError as error:
         raise DataError(f"path: could not read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"path: {path} is not a UTF-8 text file of columns: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"path: {path} is not a UTF-8 text file: {error}") from error
+    except csv.Error as error:
+        line = 1 if reader is None else reader.reader.line_num
+        raise DataError(
+            f"path: line {line} of {path} is wrongly quoted ({error}); a text that begins with a quote needs quotes "
+            f"around it and each of its own doubled"
+        ) from error
     for name, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in columns:
             raise DataError(f"{name}: {path} has no column {column!r}; it has {columns} when split at {separator!r}")
@@ -47,4 +54,9 @@ def read_csv(
     for number, row in enumerate(rows, start=1):
         if row[image_column] is None or row[caption_column] is None:
             raise DataError(f"path: row {number} below the header of {path} has fewer columns than {columns}")
+        if None in row:
+            raise DataError(
+                f"path: row {number} below the header of {path} has more columns than {columns}; a text with "
+                f"{separator!r} in it needs quotes around it"
+            )
     return Pairs([folder / row[image_column] for row in rows], [(row[caption_column],) for row in rows])

@@ -11,6 +11,7 @@ from fastsds.data.files import DataError
 
 _BLOCK = 512  # bytes
 _END = bytes(_BLOCK)
+_GZIP = b"\x1f\x8b"
 _REGULAR, _LONG_NAME, _EXTENDED = (b"0", b"\0"), b"L", b"x"
 
 
@@ -36,6 +37,9 @@ def tar_members(file: BinaryIO, path: Path) -> Iterator[TarMember]:
         DataError: it is truncated, which a missing end mark shows as well, or is no such tar file.
     """
     length = file.seek(0, 2)
+    file.seek(0)
+    if file.read(2) == _GZIP:
+        raise DataError(f"path: {path} is compressed, and images are read where they lie in a shard: gunzip it first")
     offset, long_name, extended = 0, b"", b""
     while True:
         file.seek(offset)

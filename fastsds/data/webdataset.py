@@ -152,7 +152,7 @@ def _split(member: str) -> tuple[str, str]:
 def _caption(name: str, content: bytes, suffix: str, caption_key: str) -> str:
     """Empty where there is none."""
     try:
-        document = {caption_key: content.decode("utf-8")} if suffix == ".txt" else json.loads(content)
+        document = {caption_key: content.decode("utf-8-sig")} if suffix == ".txt" else json.loads(content)
     except ValueError as error:
         raise DataError(f"path: {name} cannot be read as a caption: {error}") from error
     caption = document.get(caption_key) if isinstance(document, dict) else None

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from fastsds.data.captions import Preprocess
 from fastsds.data.files import DataError, first_names, read_json
-from fastsds.data.images import IMAGE_SUFFIXES, ImageSource, open_image
+from fastsds.data.images import ImageSource, image_files, open_image
 from fastsds.evaluation.judge import ClipJudge
 from fastsds.evaluation.outcomes import Figure, Outcomes
 from fastsds.evaluation.records import read_lines
@@ -57,7 +57,7 @@ def read_class_folders(root: Path, classnames: Sequence[str] | None = None) -> C
         DataError: a folder that is missing or without images, or another number of class names than of folders.
     """
     try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir())
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"root: could not read {root}: {error.strerror}") from error
     names = tuple(folder.name.replace("_", " ") for folder in folders) if classnames is None else tuple(classnames)
@@ -66,7 +66,7 @@ def read_class_folders(root: Path, classnames: Sequence[str] | None = None) -> C
     found: list[tuple[ImageSource, int]] = []
     keys: list[str] = []
     for label, folder in enumerate(folders):
-        images = sorted(image for image in folder.rglob("*") if image.suffix.lower() in IMAGE_SUFFIXES)
+        images = image_files(folder)
         if not images:
             raise DataError(f"root: expected images in {folder}, got none")
         found += [(image, label) for image in images]

@@ -85,7 +85,7 @@ def test_small_sets_may_have_one_bad_image_unless_none_may_be(rows: int, share: 
 def test_a_set_of_bad_images_alone_ends(tmp_path: Path, load: Any) -> None:
     for number in range(6):
         (tmp_path / f"{number}.png").touch()
-        (tmp_path / f"{number}.txt").touch()
+        (tmp_path / f"{number}.txt").write_text("a picture", encoding="utf-8")
     with pytest.raises(DataError, match=r"images: 6 of 6 cannot be read and max_bad_share=1\.0 allows 5: .*0\.png, "):
         load(tmp_path, max_bad_share=1.0)[2]
 

@@ -99,6 +99,15 @@ def test_unknown_column_or_separator_lists_what_there_is(pairs: Path, options: d
         (b"", r"no column 'filepath'; it has \[\]"),
         (b"filepath\ttitle\n", r"path: expected rows below the header of .*file\.csv, got none"),
         (b"filepath\ttitle\na.png\tone\nb.png\n", r"path: row 2 below the header of .*file\.csv has fewer columns"),
+        (
+            b"filepath\ttitle\na.png\tone\nb.png\ttwo\tthree\n",
+            r"path: row 2 below the header of .*file\.csv has more columns than \['filepath', 'title'\]; a text w",
+        ),
+        (
+            b'filepath\ttitle\na.png\tone\nb.png\t"The Scream\nc.png\tthree\n',
+            r"path: line 4 of .*file\.csv is wrongly quoted \(unexpected end of data\); a text that begins",
+        ),
+        (b'filepath\ttitle\na.png\t"One" more\n', r"path: line 2 of .*file\.csv is wrongly quoted \(.* expected after"),
         ("filepath\ttitle\na.png\tcafé\n".encode("latin-1"), r"path: .*file\.csv is not a UTF-8 text file"),
     ],
 )

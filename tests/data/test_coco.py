@@ -96,6 +96,11 @@ def test_truncated_image_is_named(coco: Path, load: Any, pictures: Any, tmp_path
             r"path: expected image_id and caption in every one of the annotations of .*, got .*'text': 'nine'\}$",
         ),
         ({"images": [{"id": "9", "file_name": "a"}]}, r"expected id and file_name in every one of the images of .*'9'"),
+        (
+            {"images": [{"id": number, "file_name": f"{number}.png"} for number in (9, 4, 9)]},
+            r"path: expected every id once in the images of .*2017\.json, got twice 9$",
+        ),
+        ({"annotations": [{"image_id": 9, "segmentation": [0] * 999}]}, r"of the annotations of .*, got .{200}$"),
         ({"annotations": []}, r"path: expected images with captions in .*2017\.json, got none"),
         (
             {"annotations": [{"image_id": number, "caption": "x"} for number in (9, 5, 6)]},
@@ -114,3 +119,11 @@ def test_files_that_are_not_json_are_named(tmp_path: Path, content: str) -> None
     (tmp_path / "captions.json").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=r"path: .*captions\.json is not JSON"):
         CaptionSource(tmp_path / "captions.json").read()
+
+
+def test_annotations_are_found_from_their_own_folder(
+    coco: Path, load: Any, colours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = colours(load(coco, captions_per_image="all"))
+    monkeypatch.chdir(coco.parent)
+    assert colours(load(Path(coco.name), captions_per_image="all")) == expected

@@ -222,3 +222,11 @@ def test_images_that_cannot_be_read_are_named(split: FewShotSplit, tmp_path: Pat
         dataset[1]
     with pytest.raises(DataError, match="items: expected at least one, got none"):
         FewShotDataset((), lambda image: torch.zeros(1))
+
+
+def test_hidden_files_and_folders_are_no_classes_and_images(tmp_path: Path) -> None:
+    for name in ("train/cat/a.png", "train/cat/._a.png", "train/.ipynb_checkpoints/a.png", "test/cat/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    split = FewShotSplit.from_folders(tmp_path)
+    assert split.classnames == ("cat",) and [item.key for item in split.train] == ["train/cat/a.png"]

@@ -93,3 +93,21 @@ def test_empty_folders_are_named(tmp_path: Path, load: Any, pictures: Any) -> No
     pictures.save(tmp_path / "set" / "alone.png", 1)
     with pytest.raises(DataError, match=r"path: expected images with a \.txt of the same name in .*set, got none"):
         load(tmp_path / "set")
+
+
+def test_what_notebooks_and_macos_leave_behind_is_passed_over(folder: Path, load: Any, pictures: Any) -> None:
+    for name in ("._one.png", ".ipynb_checkpoints/one.png", "b/.two.png"):
+        pictures.save(folder / name, 5).with_suffix(".txt").write_text("copy", encoding="utf-8")
+    assert [row["captions"] for row in map(load(folder).__getitem__, range(2))] == ["picture 2", "picture 1"]
+    assert len(load(folder)) == 2
+
+
+def test_metadata_may_hold_any_character_and_blank_lines(folder: Path, load: Any) -> None:
+    row = json.dumps({"file_name": "one.PNG", "text": "a\u2028b"}, ensure_ascii=False)
+    _lines(folder, row + "\r\n", "\n", {"file_name": "b/two.png", "text": "two"}, "\n")
+    assert list(load(folder).captions) == ["a\u2028b", "two"]
+
+
+def test_texts_may_begin_with_a_byte_order_mark(folder: Path, load: Any) -> None:
+    (folder / "one.txt").write_text("picture 1", encoding="utf-8-sig")
+    assert list(load(folder).captions) == ["picture 2", "picture 1"]

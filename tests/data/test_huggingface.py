@@ -156,3 +156,18 @@ def test_the_missing_library_is_named_with_the_extra(saved: Path, load: Any, mon
         DataError, match=r"^format: huggingface needs `datasets`: pip install 'fastsds\[huggingface\]'$"
     ):
         load(saved)
+
+
+def test_rows_without_a_caption_are_left_out(tmp_path: Path, load: Any, colours: Any, pictures: Any) -> None:
+    _table(pictures, [1, 2, 3], caption=["picture 1", None, "picture 3"]).save_to_disk(tmp_path / "saved")
+    assert colours(load(tmp_path / "saved")) == _expected(pictures, [1, 3])
+    texts = [[], ["picture 5", " "]]
+    features = {"captions": datasets.Sequence(datasets.Value("string"))}
+    _table(pictures, [4, 5], captions=texts, features=features).save_to_disk(tmp_path / "lists")
+    assert colours(load(tmp_path / "lists")) == _expected(pictures, [5])
+
+
+def test_relative_paths_start_from_the_images_folder(tmp_path: Path, load: Any, colours: Any, pictures: Any) -> None:
+    pictures.save(tmp_path / "pictures" / "7.png", 7)
+    datasets.Dataset.from_dict({"image": ["7.png"], "caption": ["picture 7"]}).save_to_disk(tmp_path / "saved")
+    assert colours(load(tmp_path / "saved", images=tmp_path / "pictures")) == _expected(pictures, [7])

@@ -4,11 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from fastsds.data.files import DataError
-from fastsds.data.images import image_key, image_name
+from fastsds.data.images import image_key, image_name, open_image
 
 
 class _Stored:
@@ -63,3 +64,18 @@ def test_a_workers_error_is_its_last_line() -> None:
     )
     assert str(DataError(sent)) == "images: 3 of 4 cannot be read"
     assert str(DataError("path: a line")) == "path: a line"
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+def test_of_16_bits_the_upper_8_count(tmp_path: Path, kind: str, byte_order: str) -> None:
+    values = np.array([[0, 255, 256, 40_000, 65_535]])
+    if kind == "tiff":
+        Image.fromarray(values.astype(f"{byte_order}u2")).save(tmp_path / "deep", kind)
+    else:
+        Image.fromarray(values.astype("<u2")).save(tmp_path / "deep", kind)
+    with Image.open(tmp_path / "deep") as image:
+        assert image.mode.startswith("I")
+        read = [open_image(tmp_path / "deep"), open_image(image)]
+    for one in read:
+        assert np.asarray(one).tolist() == [[[value // 256] * 3 for value in values[0]]]

@@ -62,3 +62,21 @@ def test_a_table_of_truncated_images_is_not_read(tmp_path: Path, load: Any, pict
     (tmp_path / "pairs.csv").write_text("filepath\ttitle\na.png\tone\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"images: 1 of 1 cannot be read and max_bad_share=0\.0 allows 0: .*a\.png;"):
         load(tmp_path / "pairs.csv")[0]
+
+
+def test_blank_captions_are_left_out(tmp_path: Path, load: Any, colours: Any, pictures: Any) -> None:
+    for number in range(3):
+        pictures.save(tmp_path / f"{number}.png", number)
+    (tmp_path / "pairs.csv").write_text("filepath,title\n0.png,\n1.png,one\n2.png,  \n", encoding="utf-8")
+    assert colours(load(tmp_path / "pairs.csv")) == [(pictures.colour(1), "one")]
+    (tmp_path / "pairs.csv").write_text("filepath,title\n0.png,\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"path: expected images with captions in .*pairs\.csv, got none"):
+        load(tmp_path / "pairs.csv")
+
+
+def test_the_home_folder_may_be_abbreviated(
+    tmp_path: Path, load: Any, colours: Any, pictures: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pictures.save(tmp_path / "set" / "a.png", 1).with_suffix(".txt").write_text("one", encoding="utf-8")
+    assert colours(load("~/set")) == [(pictures.colour(1), "one")]

@@ -119,7 +119,13 @@ def test_files_that_are_no_shards_are_named(tmp_path: Path, load: Any, pictures:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w:gz") as shard:
         shard.addfile(tarfile.TarInfo("0.txt"))
-    path.write_bytes(path.read_bytes() + bytes(600))
+    with pytest.raises(DataError, match=r"path: .*a\.tar is compressed, .*: gunzip it first"):
+        load(path)
+    path = path.rename(tmp_path / "a.tar.gz")
+    with pytest.raises(DataError, match=r"path: .*a\.tar\.gz is compressed, .*: gunzip it first"):
+        load(path)
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"of another kind" + bytes(600))
     with pytest.raises(DataError, match=r"path: .*a\.tar is no uncompressed tar file: no header at byte 0"):
         load(path)
     _write(path, {"0.png": pictures.encoded(0), "0.json": b'{"caption": "x"'})
