@@ -43,7 +43,8 @@ def read_order(path: Path, images: Path) -> list[CaptionChoice]:
     """Reads COCO-Order or Flickr30k-Order with stored shuffles, as `shuffles.write_shuffles` writes them.
 
     Rows `{"image", "caption", "options"}`: of five options the first is the caption and right. An option that reads
-    like it (a shuffle of one noun) is no alternative and left out; ARO counts it as right, too.
+    like it (a shuffle of one noun) is no alternative and left out; ARO counts it as right, too. Of wrong options that
+    read alike one stays.
 
     Raises:
         DataError: a file that is missing, empty or not of the format, or images that are absent.
@@ -54,10 +55,10 @@ def read_order(path: Path, images: Path) -> list[CaptionChoice]:
         options = row["options"]
         if len(options) != ORDER_OPTIONS or not all(isinstance(option, str) for option in options):
             raise DataError(f"path: expected {ORDER_OPTIONS} strings as options in row {number} of {path}, {options!r}")
-        wrong = [option for option in options[1:] if option != options[0]]
-        if not wrong:
+        distinct = tuple(dict.fromkeys(options))
+        if len(distinct) == 1:
             raise DataError(f"path: row {number} of {path} has no option but its caption {options[0]!r}")
-        examples.append(CaptionChoice(f"{number} {row['image']}", images / row["image"], (options[0], *wrong), 0))
+        examples.append(CaptionChoice(f"{number} {row['image']}", images / row["image"], distinct, 0))
     check_images([images / row["image"] for row in rows], path)
     return examples
 

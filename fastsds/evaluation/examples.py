@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias, overload
 
 from PIL import Image
 
-from fastsds.data.files import DataError
-from fastsds.data.images import ImageSource, open_image
+from fastsds.data.files import DataError, first_names
+from fastsds.data.images import ImageSource, image_name, open_image
 
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, upper, right, lower, in pixels."""
@@ -49,7 +51,7 @@ class CaptionChoice:
         """The image in RGB, cut to its box; what the box has beyond the image is black, as in ARO.
 
         Raises:
-            DataError: it does not exist or cannot be decoded.
+            DataError: it does not exist or cannot be decoded, or the box lies beyond it altogether.
         """
         return _open(self.image, self.box)
 
@@ -81,6 +83,29 @@ def groups_of(examples: Sequence[CaptionChoice] | Sequence[TwoByTwo]) -> tuple[s
     return groups if any(groups) else None
 
 
+def units_of(examples: Sequence[CaptionChoice]) -> tuple[str, ...] | None:
+    """For each example the key of the first one that has its image, or None where every image comes once."""
+    first: dict[object, str] = {}
+    images = (str(example.image) if isinstance(example.image, Path) else example.image for example in examples)
+    names = (image if isinstance(image, str) else id(image) for image in images)
+    units = tuple(first.setdefault(name, example.key) for name, example in zip(names, examples, strict=True))
+    return units if len(first) < len(units) else None
+
+
+def check_examples(examples: Sequence[CaptionChoice] | Sequence[TwoByTwo]) -> None:
+    """Checks that there are any, and that their keys tell them apart.
+
+    Raises:
+        ValueError: it names what is wrong.
+    """
+    if not examples:
+        raise ValueError("examples: expected at least one, got none")
+    counts = Counter(example.key for example in examples)
+    repeated = [key for key, count in counts.items() if count > 1]
+    if repeated:
+        raise DataError(f"examples: expected each id or key once, {len(repeated)} repeat: {first_names(repeated)}")
+
+
 class Pictures(Sequence[Image.Image]):
     """The images of examples in their order, two of each `TwoByTwo`, or of files; opened when they are asked for."""
 
@@ -107,4 +132,12 @@ class Pictures(Sequence[Image.Image]):
 
 def _open(image: ImageSource, box: Box | None = None) -> Image.Image:
     opened = open_image(image)
-    return opened if box is None else opened.crop(box)
+    if box is None:
+        return opened
+    left, upper, right, lower = box
+    if left >= opened.width or upper >= opened.height or right <= 0 or lower <= 0:
+        raise DataError(
+            f"box: expected a part of {image_name(image)} of {opened.width} x {opened.height} pixels, "
+            f"got {list(box)}; check that the images are the benchmark's own"
+        )
+    return opened.crop(box)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from fastsds.evaluation.examples import CaptionChoice, Pictures, TwoByTwo
+from fastsds.evaluation.examples import CaptionChoice, Pictures, TwoByTwo, check_examples
 from fastsds.evaluation.outcomes import Outcomes, choice_outcomes, pairing_outcomes
 from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
 from fastsds.evaluation.winoground import prefers_own_caption
@@ -108,10 +108,10 @@ def caption_choice_outcomes(
     """`accuracy`: the right caption scores strictly higher than every other one.
 
     Raises:
-        ValueError: no examples, or scores that are not finite.
+        ValueError: no examples, two of one key, or scores that are not finite.
         DataError: an image that cannot be read.
     """
-    _check_examples(examples)
+    check_examples(examples)
     width = max(len(example.captions) for example in examples)
     scores = judge.match(Pictures(examples), [_padded(example, width) for example in examples])
     _check_finite(scores)
@@ -123,10 +123,10 @@ def two_by_two_outcomes(judge: Judge, examples: Sequence[TwoByTwo], benchmark: s
     """Winoground's `text`, `image`, `group` and `pair`, strict on ties.
 
     Raises:
-        ValueError: no examples, or scores that are not finite.
+        ValueError: no examples, two of one key, or scores that are not finite.
         DataError: an image that cannot be read.
     """
-    _check_examples(examples)
+    check_examples(examples)
     scores = judge.match(Pictures(examples), [example.captions for example in examples for _ in (0, 1)])
     _check_finite(scores)
     by_image = scores.unflatten(0, (-1, 2))  # [example, image, caption]
@@ -151,11 +151,6 @@ def _padded(example: CaptionChoice, width: int) -> list[str]:
     """The captions, a wrong one repeated up to `width`, which decides nothing."""
     wrong = example.captions[0 if example.right else 1]
     return [*example.captions, *[wrong] * (width - len(example.captions))]
-
-
-def _check_examples(examples: Sequence[Any]) -> None:
-    if not examples:
-        raise ValueError("examples: expected at least one, got none")
 
 
 def _check_finite(scores: Tensor) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fastsds.data.files import DataError
-from fastsds.evaluation.examples import CaptionChoice, TwoByTwo, groups_of
+from fastsds.evaluation.examples import CaptionChoice, TwoByTwo, groups_of, units_of
 
 OUTCOMES_FILE = "outcomes.json"
 
@@ -34,7 +34,8 @@ class Figure:
     chance: float | None = None
     """What guessing scores, in [0, 1]."""
     units: tuple[str, ...] | None = None
-    """What each sample was drawn with, where samples depend on each other: the two images of a Winoground example."""
+    """What each sample was drawn with, where samples depend on each other: those of one image, or the two images of a
+    Winoground example."""
 
     def __post_init__(self) -> None:
         if not self.hits or not set(self.hits) <= {0, 1}:
@@ -122,12 +123,13 @@ def read_outcomes(path: Path) -> Outcomes:
 def choice_outcomes(
     benchmark: str, examples: Sequence[CaptionChoice], right: Bool[Tensor, "examples"] | Sequence[bool]
 ) -> Outcomes:
-    """`accuracy`: whether each example's right caption was chosen."""
+    """`accuracy`: whether each example's right caption was chosen; examples of one image are a unit."""
     figure = Figure(
         tuple(float(hit) for hit in right),
         tuple(example.key for example in examples),
         groups_of(examples),
         statistics.fmean(1 / len(example.captions) for example in examples) if examples else None,
+        units_of(examples),
     )
     return Outcomes(benchmark, {"accuracy": figure})
 

@@ -21,6 +21,8 @@ _TOKEN = re.compile(r"'\w+|\w+(?:-\w+)*|[^\w\s]")
 def write_shuffles(captions: Path, out: Path, tagger: Tagger, seed: int = 0) -> int:
     """Draws the options of COCO-Order or Flickr30k-Order and stores them, so that every model sees the same.
 
+    Captions none of whose shuffles reads otherwise, such as those of one word, are left out.
+
     Args:
         captions: `coco_karpathy_test.json` or `flickr30k_test.json`: rows `{"image", "caption": [...]}`.
         out: receives rows `{"image", "caption", "options"}`, which `aro.read_order` reads.
@@ -34,11 +36,12 @@ def write_shuffles(captions: Path, out: Path, tagger: Tagger, seed: int = 0) -> 
         DataError: captions that cannot be read.
     """
     rng = random.Random(seed)
-    rows = [
+    drawn = (
         {"image": row["image"], "caption": caption, "options": caption_options(caption, tagger, rng)}
         for row in read_rows(captions, {"image": str, "caption": list})
         for caption in row["caption"]
-    ]
+    )
+    rows = [row for row in drawn if len(set(row["options"])) > 1]
     staging = out.with_name(f".{out.name}.partial")
     staging.write_text(json.dumps(rows), encoding="utf-8")
     os.replace(staging, out)

@@ -67,10 +67,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean (Efron, 1979).
 
+    It knows no more than the values: where they are all alike it is a point, and a group of one sample or unit adds
+    nothing to its width.
+
     Args:
         values: one per sample: hits, or differences of two models' hits.
         groups: the mean is that of the groups' means where given; samples are then resampled within their group.
-        units: samples of one unit depend on each other, and are drawn together; each its own by default.
+        units: samples of one unit depend on each other, and are drawn together; each its own by default. Where there
+            are groups, those of one unit in one group.
         resamples: how often the units are drawn again, with replacement.
         seed: of the draws; the same seed gives the same interval.
 
@@ -85,15 +89,15 @@ def bootstrap_interval(
             f"values, confidence, resamples: expected at least one, inside (0, 1) and at least 1, got {len(values)}, "
             f"{confidence} and {resamples}"
         )
-    at = np.arange(len(values)) if units is None else np.unique(np.asarray(units), return_inverse=True)[1]
+    unit = np.arange(len(values)) if units is None else np.unique(np.asarray(units), return_inverse=True)[1]
+    group = np.zeros_like(unit) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    drawn_as, at = np.unique(group * len(values) + unit, return_inverse=True)
     sums, sizes = np.bincount(at, weights=np.asarray(values, dtype=float)), np.bincount(at)
-    group_of = np.zeros(len(sizes), dtype=int)
-    if groups is not None:
-        group_of[at] = np.unique(np.asarray(groups), return_inverse=True)[1]
+    group_of = drawn_as // len(values)
     rng = np.random.default_rng(seed)
     means = np.zeros(resamples)
-    for group in range(group_of.max() + 1):
-        members = np.stack([sums, sizes], axis=1)[group_of == group]
+    for number in range(group_of.max() + 1):
+        members = np.stack([sums, sizes], axis=1)[group_of == number]
         # How often each distinct unit is drawn says it all: a handful of numbers and not one per sample.
         distinct, counts = np.unique(members, axis=0, return_counts=True)
         drawn = rng.multinomial(len(members), counts / len(members), size=resamples)

@@ -15,6 +15,10 @@ from fastsds.evaluation.statistics import bootstrap_interval
 from fastsds.training.checkpoint import atomic_folder
 
 _RESULT_NAMES = {"results.md", "results.json", "results.csv", "comparison.csv", OUTCOMES_FILE}
+_INTERVALS = (
+    "Intervals: percentile bootstrap, within groups for macro. Samples of one image, or of one Winoground example, "
+    "are drawn and tested together."
+)
 Row = dict[str, Any]
 
 
@@ -120,7 +124,7 @@ def results_table(outcomes: Outcomes) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    return _markdown(header, body) + "\nIntervals: percentile bootstrap over samples, within groups for macro.\n"
+    return _markdown(header, body) + f"\n{_INTERVALS}\n"
 
 
 def comparison_table(comparison: Comparison) -> str:
@@ -138,8 +142,7 @@ def comparison_table(comparison: Comparison) -> str:
         ]
         for name, row in comparison.figures.items()
     ]  # fmt: skip
-    note = "p: McNemar's exact test, two-sided. Intervals: paired percentile bootstrap."
-    return f"{_markdown(header, body)}\n{note}\n"
+    return f"{_markdown(header, body)}\np: McNemar's exact test, two-sided. {_INTERVALS}\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -77,11 +77,11 @@ def test_orders_options_are_as_stored(tmp_path: Path, paint: Any, colour_judge: 
     paint(tmp_path / "val2014" / "a.png", "red")
     options = ["a red one", "one a red", "red a one", "one red a", "red one a"]
     stored = {"image": "val2014/a.png", "caption": "A red one.", "options": options}
-    repeated = {**stored, "options": [options[0], options[0], options[1], options[0], options[2]]}
+    repeated = {**stored, "options": [options[0], options[0], options[1], options[2], options[1]]}
     path = _rows(tmp_path / "coco_order.json", stored, repeated)
     first, second = read_order(path, tmp_path)
     assert (first.captions, first.right) == (tuple(options), 0)
-    assert second.captions == (options[0], options[1], options[2])  # its own words are no alternative
+    assert second.captions == (options[0], options[1], options[2])  # its own words are no alternative, one counts once
     table = {option: [float(at), 1.0, 0.0] for at, option in enumerate(options[1:])}
     figure = caption_choice_outcomes(colour_judge(table), [first, second]).figures["accuracy"]
     assert figure.hits == (1, 1)
@@ -139,6 +139,8 @@ def test_stored_shuffles_are_reproducible_and_readable(tmp_path: Path, paint: An
     for row in rows:
         paint(tmp_path / str(row["image"]), "red")
     paths = [tmp_path / f"{name}.json" for name in ("first", "again", "other")]
+    rows[0]["caption"].append("Dog.")  # has no other order
+    _rows(captions, *rows)
     for path, seed in zip(paths, (0, 0, 1), strict=True):
         assert write_shuffles(captions, path, _tagger, seed) == 10
     texts = [path.read_text() for path in paths]

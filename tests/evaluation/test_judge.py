@@ -82,6 +82,15 @@ def test_examples_may_have_different_numbers_of_captions(colour_judge: Make) -> 
     assert _hits(colour_judge(), examples) == [1, 1, 0]
 
 
+def test_keys_that_repeat_are_named_before_anything_is_encoded(colour_judge: Make, tmp_path: Path) -> None:
+    absent = tmp_path / "absent.png"
+    choices = [CaptionChoice(key, absent, (RED, GREEN), 0) for key in ("3", "4", "3", "4", "5")]
+    with pytest.raises(DataError, match=r"examples: expected each id or key once, 2 repeat: 3, 4$"):
+        caption_choice_outcomes(colour_judge(), choices)
+    with pytest.raises(DataError, match=r"examples: expected each id or key once, 1 repeat: 7$"):
+        two_by_two_outcomes(colour_judge(), [TwoByTwo("7", (absent, absent), (RED, GREEN))] * 2)
+
+
 def test_boxes_are_cut_before_preprocessing(colour_judge: Make, tmp_path: Path, paint: Any) -> None:
     path = paint(tmp_path / "halves.png", "red", "green")
     examples = [

@@ -48,6 +48,19 @@ def test_choices_know_their_chance_level():
     assert figure.chance == pytest.approx((1 / 2 + 1 / 4) / 2)
 
 
+def test_examples_of_one_image_are_a_unit(tmp_path):
+    """Whichever way the image is given, and whatever is cut out of it."""
+    path, image = tmp_path / "a.png", Image.new("RGB", (4, 4))
+    images = [path, image, str(path), Image.new("RGB", (4, 4)), image, tmp_path / "b.png"]
+    boxes = [None, (0, 0, 2, 2), (0, 0, 1, 1), None, None, None]
+    examples = [
+        CaptionChoice(str(at), image, ("x", "y"), 0, box=box)
+        for at, (image, box) in enumerate(zip(images, boxes, strict=True))
+    ]
+    assert choice_outcomes("toy", examples, [True] * 6).figures["accuracy"].units == ("0", "1", "0", "3", "1", "5")
+    assert choice_outcomes("toy", examples[2:], [True] * 4).figures["accuracy"].units is None
+
+
 def test_pairings_give_winogrounds_figures():
     image = Image.new("RGB", (4, 4))
     examples = [TwoByTwo(key, (image, image), ("x y", "y x"), group) for key, group in (("0", "Object"), ("1", "Both"))]
@@ -83,6 +96,13 @@ def test_boxes_are_cut_out_and_padded_with_black():
     cut = CaptionChoice("a", image, ("x", "y"), 0, box=(2, 3, 12, 5)).load()
     assert cut.size == (10, 2)
     assert (cut.getpixel((0, 0)), cut.getpixel((9, 0))) == ((255, 0, 0), (0, 0, 0))
+
+
+@pytest.mark.parametrize("box", [(8, 0, 9, 6), (0, 6, 8, 7), (-3, 0, 0, 6), (0, -1, 8, 0)])
+def test_a_box_beyond_the_image_is_named(box):
+    example = CaptionChoice("a", Image.new("RGB", (8, 6)), ("x", "y"), 0, box=box)
+    with pytest.raises(DataError, match=rf"box: expected a part of an image .* 8 x 6 .*, got \[{box[0]}, {box[1]}, "):
+        example.load()
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,15 @@ def test_units_are_drawn_whole() -> None:
     assert high - low > 1.2 * (alone[1] - alone[0])  # samples that depend on each other say less
 
 
+def test_units_that_cross_groups_are_drawn_whole_within_each() -> None:
+    """Two images, each with two samples of `on` and two of `under`."""
+    values = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    groups, units = ["on"] * 4 + ["under"] * 4, ["a", "a", "b", "b"] * 2
+    together = bootstrap_interval(values, groups, units, confidence=0.9, resamples=20_000)
+    assert together == (0, 1)  # either group's mean is 0 in 1 of 4 draws, both in 1 of 16
+    assert bootstrap_interval(values, groups, confidence=0.9, resamples=20_000) == (0.25, 0.75)
+
+
 def test_units_of_unequal_size_weigh_by_their_samples() -> None:
     low, high = bootstrap_interval([1.0, 1.0, 1.0, 0.0], None, ["a", "a", "a", "b"], confidence=0.4)
     assert (low, high) == (0.75, 0.75)  # of the four equally likely draws two have both units
