@@ -1,7 +1,7 @@
 // Counter-based random numbers, the same on every device: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller.
 //
 // Element n takes lane n % 4 of block n / 4 of its stream, under the key `seed`. The counter of a block is its 64-bit
-// index in the first two words, 0, and the stream.
+// index in the first two words, 0, and the stream. Multiply-adds are `std::fma`, which rounds alike on every machine.
 #pragma once
 
 #include <cmath>
