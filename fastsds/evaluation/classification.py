@@ -15,6 +15,7 @@ from fastsds.data.images import ImageSource, image_files, open_image
 from fastsds.evaluation.judge import ClipJudge
 from fastsds.evaluation.outcomes import Figure, Outcomes
 from fastsds.evaluation.records import read_lines
+from fastsds.evaluation.similarity import similarity
 from fastsds.evaluation.zeroshot import class_embeddings, strict_hits
 
 TORCHVISION: dict[str, dict[str, Any]] = {
@@ -168,12 +169,10 @@ def zero_shot_outcomes(
             not finite.
         DataError: an image that cannot be read.
     """
-    distinct = {name: at for at, name in enumerate(dict.fromkeys(data.classnames))}
-    classes = class_embeddings(judge.encode_captions, list(distinct), templates)
+    classes = class_embeddings(judge.encode_captions, data.classnames, templates)
     features, labels = judge.encode_dataset(_Labelled(data.images, judge.preprocess))
     assert labels is not None
-    # Computed once for classes of the same name, which then tie whatever the matrix product rounds.
-    logits = (features @ classes.T)[:, [distinct[name] for name in data.classnames]]
+    logits = similarity(features, classes)
     if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
         raise ValueError(
             f"images: expected labels below {logits.shape[1]}, got {int(labels.min())} to {int(labels.max())}"

@@ -20,6 +20,7 @@ from fastsds.evaluation.examples import Pictures
 from fastsds.evaluation.judge import ClipJudge
 from fastsds.evaluation.outcomes import Figure, Outcomes
 from fastsds.evaluation.records import check_images, check_row
+from fastsds.evaluation.similarity import similarity
 
 _CHUNK = 512  # images whose similarities to every caption are in memory at once
 
@@ -82,16 +83,12 @@ def retrieval_outcomes(
         ValueError: embeddings that are not finite.
         DataError: an image that cannot be read.
     """
-    images = judge.encode_images(Pictures(data.images))
+    images, texts = judge.encode_images(Pictures(data.images)), [text for row in data.captions for text in row]
     owner = torch.tensor([row for row, texts in enumerate(data.captions) for _ in texts], device=images.device)
-    texts = [text for row in data.captions for text in row]
-    distinct = {text: at for at, text in enumerate(dict.fromkeys(texts))}
-    captions = judge.encode_captions(list(distinct))
+    captions = judge.encode_captions(texts)
     if not bool(images.isfinite().all() & captions.isfinite().all()):
         raise ValueError("embeddings: expected finite values")
-    # Computed once for captions of the same words, which then tie whatever the matrix product rounds.
-    columns = torch.tensor([distinct[text] for text in texts], device=images.device)
-    of_captions, of_images = retrieval_ranks(lambda rows: (images[rows] @ captions.T)[:, columns], owner, len(images))
+    of_captions, of_images = retrieval_ranks(lambda rows: similarity(images[rows], captions), owner, len(images))
     image_keys = tuple(f"{row} {Path(image_name(image)).name}" for row, image in enumerate(data.images))
     caption_keys = tuple(
         f"{key} caption {at}" for key, texts in zip(image_keys, data.captions, strict=True) for at in range(len(texts))
@@ -109,12 +106,12 @@ def retrieval_outcomes(
 
 
 def retrieval_ranks(
-    similarity: Callable[[slice], Float[Tensor, "rows captions"]], owner: Int[Tensor, "captions"], images: int
+    scores_of: Callable[[slice], Float[Tensor, "rows captions"]], owner: Int[Tensor, "captions"], images: int
 ) -> tuple[Int[Tensor, "captions"], Int[Tensor, "images"]]:
     """Of every caption, and of every image, how many wrong candidates are at least as similar as its own.
 
     Args:
-        similarity: of a slice of the images to all captions; asked for every slice twice.
+        scores_of: similarities of a slice of the images to all captions; asked for every slice twice.
         owner: position of each caption's image.
     """
     at = torch.arange(len(owner), device=owner.device)
@@ -124,11 +121,11 @@ def retrieval_ranks(
     mine = {rows.start: at[(owner >= rows.start) & (owner < rows.stop)] for rows in slices}
     for rows in slices:
         here = mine[rows.start]
-        own[here] = similarity(rows)[owner[here] - rows.start, here]
+        own[here] = scores_of(rows)[owner[here] - rows.start, here]
     best = own.new_full((images,), -torch.inf).scatter_reduce(0, owner, own, "amax")
     for rows in slices:
         here = mine[rows.start]
-        scores = similarity(rows)
+        scores = scores_of(rows)
         scores[owner[here] - rows.start, here] = -torch.inf
         of_captions += (scores >= own).sum(dim=0)
         of_images.append((scores >= best[rows].unsqueeze(1)).sum(dim=1))

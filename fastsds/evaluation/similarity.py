@@ -11,6 +11,17 @@ from torch import Tensor, nn
 Tokenizer = Callable[[list[str]], Tensor]
 
 
+def similarity(
+    images: Float[Tensor, "images width"], texts: Float[Tensor, "texts width"]
+) -> Float[Tensor, "images texts"]:
+    """Cosine similarities of unit-length embeddings, float32.
+
+    They are rounded from float64, so that equal embeddings tie: a float32 matrix product rounds the same row
+    differently in another place.
+    """
+    return (images.double() @ texts.double().T).float()
+
+
 @torch.no_grad()
 def encode_images(
     clip: nn.Module, images: Float[Tensor, "images 3 height width"], batch_size: int = 256

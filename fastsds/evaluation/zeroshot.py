@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
+from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images, similarity
 
 
 def zero_shot_accuracy(
@@ -31,7 +31,7 @@ def zero_shot_accuracy(
         span = f" from {int(labels.min())} to {int(labels.max())}" if len(labels) else ""
         raise ValueError(f"labels: expected {len(images)} positions below {len(classnames)}, got {len(labels)}{span}")
     classes = class_embeddings(lambda prompts: encode_captions(clip, tokenizer, prompts), classnames, templates)
-    return strict_hits(encode_images(clip, images) @ classes.T, labels).double().mean().item()
+    return strict_hits(similarity(encode_images(clip, images), classes), labels).double().mean().item()
 
 
 def class_embeddings(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from fastsds.data import DataError
-from fastsds.evaluation import CaptionedImages, read_captioned_images, retrieval, retrieval_outcomes
+from fastsds.evaluation import CaptionedImages, ClipJudge, read_captioned_images, retrieval, retrieval_outcomes
 from fastsds.evaluation.retrieval import retrieval_ranks
 
 
@@ -83,6 +84,29 @@ def test_equal_captions_tie_whatever_is_rounded(colour_judge: Any) -> None:
     captions = tuple((f"caption {at % 30}",) for at in range(60))
     figures = retrieval_outcomes(colour_judge(table), CaptionedImages(images, captions)).figures
     assert figures["image-to-text R@1"].micro == 0
+
+
+def test_equal_images_tie_wherever_they_stand(monkeypatch: Any) -> None:
+    """Every image comes twice, each with a caption of its own; the last stands alone in its matrix product."""
+    monkeypatch.setattr(retrieval, "_CHUNK", 7)
+    mix, texts = torch.randn(3, 200), torch.randn(50, 200)
+
+    class Clip(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.device = torch.nn.Parameter(torch.zeros(1))
+
+        def encode_image(self, images: torch.Tensor, normalize: bool) -> torch.Tensor:
+            return torch.nn.functional.normalize((images[:, :, 0, 0, None] * mix).sum(dim=1), dim=-1)
+
+        def encode_text(self, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
+            return torch.nn.functional.normalize(texts[tokens], dim=-1)
+
+    colours = torch.randint(1, 255, (25, 3)).tolist()
+    images = tuple(_image(*colours[at % 25]) for at in range(50))
+    judge = ClipJudge(Clip(), to_tensor, lambda captions: torch.tensor([int(caption) for caption in captions]))
+    data = CaptionedImages(images, tuple((f"{at}",) for at in range(50)))
+    assert retrieval_outcomes(judge, data).figures["text-to-image R@1"].micro == 0
 
 
 def test_embeddings_that_are_not_finite_are_no_wrong_answers(colour_judge: Any) -> None:
