@@ -87,9 +87,9 @@ def test_equal_captions_tie_whatever_is_rounded(colour_judge: Any) -> None:
 
 
 def test_equal_images_tie_wherever_they_stand(monkeypatch: Any) -> None:
-    """Every image comes twice, each with a caption of its own; the last stands alone in its matrix product."""
+    """Every image comes twice, each with captions of its own; the last stands alone in its matrix product."""
     monkeypatch.setattr(retrieval, "_CHUNK", 7)
-    mix, texts = torch.randn(3, 200), torch.randn(50, 200)
+    mix, texts = torch.randn(3, 200), torch.randn(500, 200)
 
     class Clip(torch.nn.Module):
         def __init__(self) -> None:
@@ -105,7 +105,7 @@ def test_equal_images_tie_wherever_they_stand(monkeypatch: Any) -> None:
     colours = torch.randint(1, 255, (25, 3)).tolist()
     images = tuple(_image(*colours[at % 25]) for at in range(50))
     judge = ClipJudge(Clip(), to_tensor, lambda captions: torch.tensor([int(caption) for caption in captions]))
-    data = CaptionedImages(images, tuple((f"{at}",) for at in range(50)))
+    data = CaptionedImages(images, tuple(tuple(f"{at}{place}" for place in range(10)) for at in range(50)))
     assert retrieval_outcomes(judge, data).figures["text-to-image R@1"].micro == 0
 
 
