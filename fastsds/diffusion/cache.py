@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import time
 import uuid
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 _CHECKSUM = "__crc32__"
 _LEDGER, _DIGITS = "bytes", 20
+_SHARD, _ENTRY = re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{32}")
 _ROOM = 0.1  # of the bound, made at once when it is reached, so that few puts have to list the folder
 _ABANDONED_SECONDS = 3600.0
 
@@ -52,9 +54,10 @@ class TensorCache:
         path = self._path(key)
         try:
             tensors = load(path.read_bytes())
-            os.utime(path)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
+        with suppress(OSError):  # of another's file, or on a disk that is read only
+            os.utime(path)
         checksum = tensors.pop(_CHECKSUM, None)
         return tensors if checksum is not None and torch.equal(checksum, _checksum(tensors)) else None
 
@@ -81,9 +84,11 @@ class TensorCache:
                 path.unlink(missing_ok=True)  # a rename onto a file would wait for the disk
                 os.replace(partial, path)
         except OSError as error:
-            warnings.warn(f"cache: could not write to {self.folder}: {error}; going on without", stacklevel=2)
+            # The same words every time, so that Python shows them once.
+            warnings.warn(f"cache: could not write to {self.folder}: {error.strerror}; going on without", stacklevel=2)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()
@@ -121,11 +126,12 @@ class TensorCache:
         return total
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
+        """Only what is named as the cache names its own: other things in the folder are not its to drop."""
         with os.scandir(self.folder) as shards:
             for shard in shards:
-                if shard.is_dir():
+                if _SHARD.fullmatch(shard.name) and shard.is_dir():
                     with os.scandir(shard) as entries:
-                        yield from entries
+                        yield from (entry for entry in entries if _ENTRY.fullmatch(entry.name))
 
 
 def content_key(*parts: bytes | str | Tensor) -> str:

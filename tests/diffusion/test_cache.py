@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,7 +213,7 @@ def test_lost_ledger_is_counted_anew(cache: TensorCache, ledger: str | None) -> 
 def test_what_killed_writers_left_is_removed(cache: TensorCache, used_at: Callable) -> None:
     cache.put("a", {"value": torch.zeros(10)})
     shard = cache._path("a").parent
-    old, fresh = shard / ".old", shard / ".fresh"
+    old, fresh = shard / f".{1:032x}", shard / f".{2:032x}"
     for path in (old, fresh):
         path.write_bytes(b"half a file")
     os.utime(old, (0, 0))
@@ -222,6 +223,20 @@ def test_what_killed_writers_left_is_removed(cache: TensorCache, used_at: Callab
     assert fresh.exists()
     assert cache.get("a") is not None
     assert cache.get("b") is not None
+
+
+def test_what_is_not_the_caches_own_is_neither_counted_nor_dropped(tmp_path: Path) -> None:
+    others = [tmp_path / name for name in ("photos/1.jpg", "ab/model.safetensors", "ab/.profile", "notes.txt")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(5000))
+        os.utime(path, (0, 0))
+    cache = TensorCache(tmp_path, 3000)
+    for number in range(20):
+        cache.put(str(number), {"value": torch.zeros(100)})
+    assert all(path.exists() for path in others)
+    assert cache.get("19") is not None and cache.get("0") is None
+    assert _ledger(cache) == _bytes(tmp_path) - 5000 <= 3000
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
@@ -270,6 +285,28 @@ def test_full_disk_costs_a_warning(cache: TensorCache, monkeypatch: pytest.Monke
     assert found is not None
     assert torch.equal(found["value"], torch.zeros(3))
     assert not list(cache.folder.rglob(".*"))
+
+
+def test_a_folder_that_is_read_only_is_read_and_costs_one_warning(
+    cache: TensorCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.put("a", {"value": torch.ones(3)})
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    found = cache.get("a")
+    assert found is not None and torch.equal(found["value"], torch.ones(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for key in ("b", "c", "d"):
+            cache.put(key, {"value": torch.ones(3)})
+    assert [str(warning.message) for warning in caught] == [
+        f"cache: could not write to {cache.folder}: Read-only file system; going on without"
+    ]
 
 
 @pytest.mark.parametrize("max_bytes", [0, -1])
