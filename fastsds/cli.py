@@ -116,12 +116,16 @@ def _run(words: Sequence[str]) -> int:
     name, rest = _find(words)
     if name not in COMMANDS:
         return _overview(name, rest)
-    from fastsds.commands.configs import parse
+    from fastsds.commands.configs import UsageError, parse
 
     command = COMMANDS[name]
     module = import_module(f"fastsds.commands.{command.module}")
     kind = getattr(module, command.config)
-    config = parse(kind, rest, command=name, description=_description(kind))
+    try:
+        config = parse(kind, rest, command=name, description=_description(kind))
+    except UsageError as error:
+        _complain(str(error))
+        return 2
     getattr(module, command.run)(config)
     return 0
 

@@ -58,7 +58,8 @@ def test_demos_refuse_an_existing_folder_in_one_line(
 )
 def test_demos_refuse_numbers_below_one(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, f"--{option}", "0"]) == 2
-    assert f"{option.replace('-', '_')}: expected at least 1, got 0" in capsys.readouterr().err
+    said = f"{option.replace('-', '_')}: expected at least 1, got 0; see fastsds {command} --help"
+    assert capsys.readouterr().err == f"fastsds: {said}\n"
 
 
 def test_attributes_names_a_missing_split_file_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +102,14 @@ def test_unknown_commands_are_told_in_one_line(
 
 def test_unknown_options_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--sees", "3"]) == 2
-    assert "--sees" in capsys.readouterr().err
+    said = "Unrecognized options: --sees, 3; did you mean --seeds?; see fastsds demo --help"
+    assert capsys.readouterr().err == f"fastsds: {said}\n"
+
+
+def test_options_that_are_missing_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["distill", "--batch-size", "4"]) == 2
+    said = "expected --clip.name and --captions.path, got none; see fastsds distill --help"
+    assert capsys.readouterr().err == f"fastsds: {said}\n"
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])

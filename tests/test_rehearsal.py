@@ -157,8 +157,8 @@ def test_distill_kill_resume_export_evaluate(world: Path, tmp_path: Path, fastsd
     assert sum(tensor.numel() for name, tensor in last.items() if name.startswith("clip.")) == LAYERNORM_NUMBERS
 
     exported, patch = tmp_path / "exported", tmp_path / "layernorm.safetensors"
-    fastsds_command("export", "--path", run, "--format", "open-clip", "--out", exported)
-    fastsds_command("export", "--path", run, "--format", "tuned", "--out", patch)
+    fastsds_command("export", "--run", run, "--format", "open-clip", "--out", exported)
+    fastsds_command("export", "--run", run, "--format", "tuned", "--out", patch)
     with safe_open(patch, "pt") as file:
         assert sum(file.get_tensor(name).numel() for name in file.keys()) == LAYERNORM_NUMBERS  # noqa: SIM118
     fastsds_command(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -22,23 +25,34 @@ class ConfigError(ValueError):
     """A config file that cannot be used; the message names the file, the option and what was expected."""
 
 
+class UsageError(ValueError):
+    """A command line that does not serve: an option that is missing, unknown, or has a value outside its range."""
+
+
 def parse(kind: type[Config], arguments: Sequence[str], *, command: str, description: str = "") -> Config:
     """The config of a command from its arguments; those beside `--config file.yaml` override the file.
 
     Raises:
         ConfigError: a file that cannot be read, or options in it that do not exist or are of another type.
-        ValueError: a value outside its range.
-        SystemExit: help was asked for (0), or the arguments do not serve (2); tyro has said so.
+        UsageError: the arguments do not serve.
+        SystemExit: help was asked for; or the arguments do not serve, and the main process says why.
     """
     rest, file = _take_file(arguments)
-    return tyro.cli(
-        kind,
-        prog=f"fastsds {command}",
-        description=description or None,
-        args=rest,
-        default=tyro.MISSING_NONPROP if file is None else read_config(file, kind),
-        console_outputs=is_main_process(),
-    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                prog=f"fastsds {command}",
+                description=description or None,
+                args=rest,
+                default=tyro.MISSING_NONPROP if file is None else read_config(file, kind),
+                console_outputs=is_main_process(),
+            )
+    except SystemExit as stop:
+        if not stop.code or not is_main_process():
+            raise
+        raise UsageError(f"{_unboxed(complaint.getvalue())}; see fastsds {command} --help") from None
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:
@@ -93,6 +107,16 @@ def say(message: str) -> None:
     """Prints a line, in the main process."""
     if is_main_process():
         print(message, flush=True)
+
+
+def _unboxed(text: str) -> str:
+    """What tyro says in a box of a title, a complaint and advice, with rules between them, in one line."""
+    bare = re.sub(r"[╭╮╰╯│]|^[+|]|[+|]$", " ", text, flags=re.MULTILINE)
+    _, said, *advice = (" ".join(part.split()) for part in re.split(r"[─-]{8,}", bare))
+    if said.startswith("Missing from"):
+        return f"expected {' and '.join(re.findall(r'(?<= )--[^ ]+', said))}, got none"
+    close = [found[0] for part in advice if "you meant" in part and (found := re.search(r"--[\w.-]+", part))]
+    return re.sub(r"^Error parsing \w+: ", "", said) + "".join(f"; did you mean {option}?" for option in close)
 
 
 def _take_file(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -46,15 +46,19 @@ def save_results(
 
     Raises:
         DataError: `before` holds no outcomes.
-        ValueError: it holds those of other samples, or `out` holds other files than results.
+        ValueError: it holds those of other samples, or `out` holds other files than results. What was measured is
+            printed and written all the same.
     """
-    comparison = None if before is None else compare(read_outcomes(before), outcomes)
+    earlier = None if before is None else read_outcomes(before)
     say(results_table(outcomes))
-    if comparison is not None:
-        say(f"before ({before}) and after:\n\n{comparison_table(comparison)}")
-    if out is None:
-        return
     texts = dict(files or {}) | ({} if config is None else {FILE_NAME: config_text(config, command)})
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in (description or {}).items()}
-    write_results(out, outcomes, comparison=comparison, description=plain, files=texts)
-    say(f"results: {out / 'results.md'}")
+    if out is not None:
+        write_results(out, outcomes, description=plain, files=texts)
+        say(f"results: {out / 'results.md'}")
+    if earlier is None:
+        return
+    comparison = compare(earlier, outcomes)
+    say(f"before ({before}) and after:\n\n{comparison_table(comparison)}")
+    if out is not None:
+        write_results(out, outcomes, comparison=comparison, description=plain, files=texts)
