@@ -1,0 +1,32 @@
+"""What becomes of a measurement whose comparison is impossible, or is with what it replaces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastsds.commands.results import save_results
+from fastsds.evaluation import Figure, Outcomes, read_outcomes
+
+
+def _outcomes(**hits: int) -> Outcomes:
+    return Outcomes("toy", {"accuracy": Figure(tuple(hits.values()), tuple(hits), None, 0.5)})
+
+
+def test_results_outlive_a_comparison_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An evaluation takes hours; that the other was of a part of its samples is found at its end."""
+    save_results(tmp_path / "before", _outcomes(a=1, b=0))
+    outcomes = _outcomes(a=1, b=1, c=0)
+    with pytest.raises(ValueError, match=r"only the first has none and only the second 1 \(c\)"):
+        save_results(tmp_path / "after", outcomes, before=tmp_path / "before")
+    assert read_outcomes(tmp_path / "after") == outcomes
+    assert "66.7" in capsys.readouterr().out
+
+
+def test_results_are_compared_with_those_they_replace(tmp_path: Path) -> None:
+    save_results(tmp_path, _outcomes(a=1, b=0))
+    save_results(tmp_path, _outcomes(a=1, b=1), before=tmp_path)
+    comparison = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["comparison"]["accuracy"]
+    assert (comparison["gained"], comparison["lost"], comparison["difference"]) == (1, 0, 0.5)
