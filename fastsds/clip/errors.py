@@ -25,14 +25,28 @@ def one_line_errors(subject: str) -> Iterator[None]:
         yield
     except ClipSourceError:
         raise
+    except SafetensorError as error:
+        raise ClipSourceError(
+            f"{subject}: is no whole safetensors file, but perhaps git-lfs's pointer to one or an unfinished download: "
+            f"{first_line(error)}"
+        ) from error
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):
+            raise ClipSourceError(
+                f"{subject}: is no checkpoint that torch.save wrote; safetensors need the suffix .safetensors"
+            ) from error
         raise ClipSourceError(
             f"{subject}: expected tensors alone, got a pickle that weights_only loading refuses to run; "
             f"save its state dict as safetensors where you trust it"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ImportError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, ImportError, ValueError) as error:
         if misfits := _misfits(str(error)):
             raise misfit_error(subject, misfits) from error
+        if "TorchScript archive" in str(error):
+            raise ClipSourceError(
+                f"{subject}: expected tensors alone, got a TorchScript archive, which is code; OpenAI's models load by "
+                f"the tag openai, others once their state dict is saved as safetensors"
+            ) from error
         raise ClipSourceError(f"{subject}: could not be loaded: {first_line(error)}") from error
 
 

@@ -61,7 +61,7 @@ def folder_of(name: str) -> Path | None:
     """The folder that a name which is no architecture stands for; None where there is none."""
     if name == TOYWORLD:
         return _SHIPPED
-    folder = Path(name.removeprefix("local-dir:"))
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
     return folder if folder.is_dir() else None
 
 
@@ -111,6 +111,8 @@ def _locate_on_hub(identifier: str, cache_dir: Path | None) -> Location:
 def _unknown(name: str) -> ClipSourceError:
     import open_clip
 
+    if Path(name).is_file():
+        return ClipSourceError(f"name: {name} is a file; expected its architecture here, and the file as pretrained")
     if "/" in name or name.startswith("local-dir:"):
         return ClipSourceError(f"name: there is no folder {name.removeprefix('local-dir:')}")
     architectures = {architecture.lower(): architecture for architecture in open_clip.list_models()}

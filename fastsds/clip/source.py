@@ -131,6 +131,8 @@ class ClipSource:
         import open_clip
 
         config = self._own_config(location)
+        if "multimodal_cfg" in config:  # known before gigabytes are fetched
+            raise ClipSourceError(f"name: expected a model of two towers, got CoCa in {location.place}")
         quick_gelu = self._quick_gelu(location, config)
         if location.kind == "architecture" and quick_gelu != bool(config.get("quick_gelu")):
             why = "as asked" if self.activation != "auto" else f"with which its weights {self.pretrained} were trained"

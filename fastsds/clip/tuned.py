@@ -64,6 +64,11 @@ class TunedCLIP:
         Raises:
             ClipSourceError: the file cannot be read, or holds no tuned tensors.
         """
+        if file.suffix != ".safetensors":
+            raise ClipSourceError(
+                f"path: expected tuned tensors in a .safetensors file, got {file}; of a checkpoint file's whole model, "
+                f"load ClipSource(architecture, file)"
+            )
         with one_line_errors(f"path: {file}"), safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
             if SOURCE_KEY not in metadata or IDENTITY_KEY not in metadata:

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from transformers import CLIPProcessor, CLIPTokenizer
 
 from fastsds.clip import ClipSource, ClipSourceError
@@ -279,6 +279,68 @@ def test_a_pickle_is_refused_and_not_run(
     with pytest.raises(ClipSourceError, match=r"pretrained: .*evil.pt: expected tensors alone, got a pickle that wei"):
         ClipSource(architecture(), str(tmp_path / "evil.pt")).load()
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "weights.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "no whole safetensors file",
+        ),
+        ("weights.pt", b"version https://git-lfs.github.com/spec/v1\n", "no checkpoint that torch.save wrote"),
+        ("weights.pt", save({"weight": torch.ones(9)}), "safetensors need the suffix .safetensors"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says(
+    file: str, content: bytes, message: str, architecture: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ClipSourceError, match=f"^pretrained: .*{file}: .*{message}") as caught:
+        ClipSource(architecture(), str(tmp_path / file)).load()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_is_refused(architecture: Callable[..., str], tmp_path: Path) -> None:
+    """As OpenAI's own files are."""
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-32.pt")
+    with pytest.raises(ClipSourceError, match=r"got a TorchScript archive, which is code; OpenAI's models load by the"):
+        ClipSource(architecture(), str(tmp_path / "ViT-B-32.pt")).load()
+
+
+def test_a_checkpoint_of_open_clips_training(
+    architecture: Callable[..., str], tmp_path: Path, assert_same_features: Callable[..., None]
+) -> None:
+    """Of a model in half precision that several processes trained, with its optimizer."""
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**open_clip.get_model_config(architecture())).eval()
+    optimizer = torch.optim.AdamW(clip.parameters())
+    clip.encode_image(torch.randn(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    clip.half().float()
+    state = {f"module.{name}": tensor.half() for name, tensor in clip.state_dict().items()}
+    document = {"epoch": 1, "name": "run", "state_dict": state, "optimizer": optimizer.state_dict()}
+    torch.save({**document, "scaler": {"scale": 65536.0}}, tmp_path / "epoch_1.pt")
+    loaded = ClipSource("tiny", str(tmp_path / "epoch_1.pt")).load().model
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    tokens = open_clip.tokenize(TEXTS)
+    assert torch.equal(loaded.encode_text(tokens), clip.encode_text(tokens))
+
+
+def test_a_model_with_a_decoder_is_refused_before_it_is_loaded() -> None:
+    with pytest.raises(ClipSourceError, match="name: expected a model of two towers, got CoCa in coca_ViT-B-32"):
+        ClipSource("coca_ViT-B-32", "laion2b_s13b_b90k").load()
+
+
+def test_a_file_in_the_models_place_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "epoch_1.pt").touch()
+    with pytest.raises(ClipSourceError, match=r"name: .*epoch_1\.pt is a file; expected its architecture"):
+        ClipSource(str(tmp_path / "epoch_1.pt")).load()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(CLIP_FOLDER, tmp_path / "clip")
+    assert ClipSource("~/clip").to_json()["name"] == str(tmp_path / "clip")
 
 
 def test_weights_that_do_not_fit_are_counted_and_named(architecture: Callable[..., str], tmp_path: Path) -> None:

@@ -102,6 +102,9 @@ def test_a_checkpoint_does_not_load_under_the_other_activation(run: tuple[Path, 
 def test_paths_without_a_distilled_model(run: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(ClipSourceError, match=r"path: there is no .*nowhere"):
         fastsds.load_distilled(tmp_path / "nowhere")
+    (tmp_path / "epoch_1.pt").touch()
+    with pytest.raises(ClipSourceError, match=r"path: expected tuned tensors in a \.safetensors file, got .*epoch"):
+        fastsds.load_distilled(tmp_path / "epoch_1.pt")
     with pytest.raises(
         ClipSourceError, match=r"path: .* is no run with a checkpoint, .* expected in it checkpoints/step"
     ):
