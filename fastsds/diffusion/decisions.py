@@ -96,7 +96,11 @@ class Race:
       because neighbouring differences share a term and the variance differs between timesteps (*reading*);
     - the t is two-sided at `(1 - confidence) / (looks * rivals)` (Bonferroni).
 
-    The confidence is nominal: no t is exact for differences that are not normal.
+    The confidence is nominal: no t is exact for differences that are not normal, and no rule allows for what the draws
+    so far have missed. Of simulated ties and near-ties of 256 draws, a confidence of 0.99 kept 99.8 % or more under
+    heavy tails (Student's t with 2 or 3 degrees of freedom, log-normal) and 99 % where the noise falls by e^6 over the
+    timesteps; but 97 % where 1 draw in 100 decides, and 90 % where the difference swings faster over the timesteps
+    than the first draws lie. Only a confidence of 1 is safe from these.
 
     Args:
         t: timesteps of all draws, in the order of evaluation.
