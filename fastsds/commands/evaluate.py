@@ -18,13 +18,13 @@ from fastsds.evaluation.classification import (
     read_classnames,
     read_templates,
     read_torchvision,
-    zero_shot_outcomes,
 )
 from fastsds.evaluation.judge import ClipJudge, caption_choice_outcomes, two_by_two_outcomes
 from fastsds.evaluation.outcomes import Outcomes
 from fastsds.evaluation.retrieval import read_captioned_images, retrieval_outcomes
 from fastsds.evaluation.sugarcrepe import SPLITS
 from fastsds.evaluation.winoground import HUB_ID
+from fastsds.evaluation.zeroshot import zero_shot_outcomes
 
 
 @dataclass(frozen=True)

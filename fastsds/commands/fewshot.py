@@ -14,7 +14,7 @@ from fastsds.data.attributes import read_attributes
 from fastsds.data.fewshot import FewShotDataset, FewShotSplit, LabelledImage
 from fastsds.evaluation.base_to_novel import BaseToNovelScores
 from fastsds.evaluation.outcomes import Figure, Outcomes
-from fastsds.evaluation.zeroshot import strict_hits
+from fastsds.evaluation.similarity import strict_hits
 from fastsds.intcoop.prompts import PromptedCLIP
 
 BASE_TO_NOVEL = "base-to-novel"

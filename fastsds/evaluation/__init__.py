@@ -13,7 +13,6 @@ from fastsds.evaluation.classification import (
     read_classnames,
     read_templates,
     read_torchvision,
-    zero_shot_outcomes,
 )
 from fastsds.evaluation.compare import Comparison, FigureComparison, compare
 from fastsds.evaluation.diffusion_score import DecisionCost, DiffusionOutcomes, diffusion_outcomes
@@ -27,7 +26,7 @@ from fastsds.evaluation.statistics import bootstrap_interval, exact_mcnemar, sum
 from fastsds.evaluation.sugarcrepe import read_sugarcrepe
 from fastsds.evaluation.tables import comparison_table, results_table, write_results
 from fastsds.evaluation.winoground import WinogroundScores, read_winoground, winoground_scores, winoground_similarity
-from fastsds.evaluation.zeroshot import zero_shot_accuracy
+from fastsds.evaluation.zeroshot import zero_shot_accuracy, zero_shot_outcomes
 
 __all__ = [
     "BaseToNovelScores",

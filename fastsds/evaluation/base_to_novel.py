@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from fastsds.evaluation.similarity import strict_hits
 from fastsds.evaluation.statistics import summarise
-from fastsds.evaluation.zeroshot import strict_hits
 from fastsds.intcoop.prompts import PromptedCLIP
 
 Batches = Iterable[Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""Images with classes, from folders and from torchvision, and zero-shot classification of them."""
+"""What zero-shot classification reads: images with classes, class names and prompt templates."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
-from fastsds.data.captions import Preprocess
 from fastsds.data.files import DataError, first_names, read_json
-from fastsds.data.images import ImageSource, image_files, open_image
-from fastsds.evaluation.judge import ClipJudge
-from fastsds.evaluation.outcomes import Figure, Outcomes
+from fastsds.data.images import ImageSource, image_files
 from fastsds.evaluation.records import read_lines
-from fastsds.evaluation.similarity import similarity
-from fastsds.evaluation.zeroshot import class_embeddings, strict_hits
 
 TORCHVISION: dict[str, dict[str, Any]] = {
     "Caltech101": {}, "CIFAR10": {"train": False}, "CIFAR100": {"train": False}, "Country211": {"split": "test"},
@@ -157,47 +150,6 @@ def read_templates(source: str | Path) -> tuple[str, ...]:
     if bad or not templates:
         raise DataError(f"templates: expected lines with {{}} for the class name in {path}, got {first_names(bad)!r}")
     return tuple(templates)
-
-
-def zero_shot_outcomes(
-    judge: ClipJudge, data: ClassifiedImages, templates: Sequence[str], benchmark: str = "zeroshot"
-) -> Outcomes:
-    """`accuracy`: the image's class is the single most similar one; macro is over the classes.
-
-    Raises:
-        ValueError: a template without `{}`, labels that are not positions in the class names, or similarities that are
-            not finite.
-        DataError: an image that cannot be read.
-    """
-    classes = class_embeddings(judge.encode_captions, data.classnames, templates)
-    features, labels = judge.encode_dataset(_Labelled(data.images, judge.preprocess))
-    assert labels is not None
-    logits = similarity(features, classes)
-    if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
-        raise ValueError(
-            f"images: expected labels below {logits.shape[1]}, got {int(labels.min())} to {int(labels.max())}"
-        )
-    if not bool(logits.isfinite().all()):
-        raise ValueError("images: expected finite similarities")
-    hits = tuple(strict_hits(logits, labels).double().tolist())
-    groups = tuple(data.classnames[label] for label in labels.tolist())
-    return Outcomes(benchmark, {"accuracy": Figure(hits, data.keys, groups, 1 / len(data.classnames))})
-
-
-class _Labelled(Dataset[dict[str, Any]]):
-    def __init__(self, images: Sequence[tuple[ImageSource, int]], preprocess: Preprocess) -> None:
-        self.images = images
-        self.preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            image, label = self.images[index]
-        except OSError as error:  # torchvision opens images itself
-            raise DataError(f"image: number {index} cannot be read ({error}); replace it") from error
-        return {"images": self.preprocess(open_image(image)), "labels": int(label)}
 
 
 def _some_lines(path: Path) -> tuple[str, ...]:

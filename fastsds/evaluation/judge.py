@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 
 from fastsds.evaluation.examples import CaptionChoice, Pictures, TwoByTwo, check_examples
 from fastsds.evaluation.outcomes import Outcomes, choice_outcomes, pairing_outcomes
-from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images
+from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images, strict_hits
 from fastsds.evaluation.winoground import prefers_own_caption
-from fastsds.evaluation.zeroshot import strict_hits
 
 Preprocess = Callable[[Image.Image], Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -20,6 +20,12 @@ def similarity(
     differently in another place.
     """
     return (images.double() @ texts.double().T).float()
+
+
+def strict_hits(logits: Float[Tensor, "images classes"], labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
+    """Whether each image's class has the single highest logit; a tie is wrong."""
+    own = logits.gather(1, labels.to(logits.device).unsqueeze(1))
+    return (logits >= own).sum(dim=1) == 1
 
 
 @torch.no_grad()

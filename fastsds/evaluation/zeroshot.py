@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images, similarity
+from fastsds.data.files import DataError
+from fastsds.data.images import ImageSource, open_image
+from fastsds.evaluation.classification import ClassifiedImages
+from fastsds.evaluation.judge import ClipJudge, Preprocess
+from fastsds.evaluation.outcomes import Figure, Outcomes
+from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images, similarity, strict_hits
 
 
 def zero_shot_accuracy(
@@ -34,6 +41,31 @@ def zero_shot_accuracy(
     return strict_hits(similarity(encode_images(clip, images), classes), labels).double().mean().item()
 
 
+def zero_shot_outcomes(
+    judge: ClipJudge, data: ClassifiedImages, templates: Sequence[str], benchmark: str = "zeroshot"
+) -> Outcomes:
+    """`accuracy`: the image's class is the single most similar one; macro is over the classes.
+
+    Raises:
+        ValueError: a template without `{}`, labels that are not positions in the class names, or similarities that are
+            not finite.
+        DataError: an image that cannot be read.
+    """
+    classes = class_embeddings(judge.encode_captions, data.classnames, templates)
+    features, labels = judge.encode_dataset(_Labelled(data.images, judge.preprocess))
+    assert labels is not None
+    logits = similarity(features, classes)
+    if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
+        raise ValueError(
+            f"images: expected labels below {logits.shape[1]}, got {int(labels.min())} to {int(labels.max())}"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ValueError("images: expected finite similarities")
+    hits = tuple(strict_hits(logits, labels).double().tolist())
+    groups = tuple(data.classnames[label] for label in labels.tolist())
+    return Outcomes(benchmark, {"accuracy": Figure(hits, data.keys, groups, 1 / len(data.classnames))})
+
+
 def class_embeddings(
     encode: Callable[[Sequence[str]], Float[Tensor, "prompts width"]],
     classnames: Sequence[str],
@@ -57,7 +89,17 @@ def check_templates(templates: Sequence[str]) -> None:
         raise ValueError("templates: expected at least one, got none")
 
 
-def strict_hits(logits: Float[Tensor, "images classes"], labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
-    """Whether each image's class has the single highest logit; a tie is wrong."""
-    own = logits.gather(1, labels.to(logits.device).unsqueeze(1))
-    return (logits >= own).sum(dim=1) == 1
+class _Labelled(Dataset[dict[str, Any]]):
+    def __init__(self, images: Sequence[tuple[ImageSource, int]], preprocess: Preprocess) -> None:
+        self.images = images
+        self.preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            image, label = self.images[index]
+        except OSError as error:  # torchvision opens images itself
+            raise DataError(f"image: number {index} cannot be read ({error}); replace it") from error
+        return {"images": self.preprocess(open_image(image)), "labels": int(label)}

@@ -7,17 +7,13 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
-import torch
-from PIL import Image
 
 from fastsds.data import DataError
 from fastsds.evaluation import (
-    ClassifiedImages,
     read_class_folders,
     read_classnames,
     read_templates,
     read_torchvision,
-    zero_shot_accuracy,
     zero_shot_outcomes,
 )
 from fastsds.evaluation.classification import TORCHVISION
@@ -55,37 +51,9 @@ def test_folders_names_are_the_classes_by_default(tmp_path: Path, paint: Any) ->
     assert (data.classnames, data.keys) == (("cat", "polar bear"), ("cat/a.jpg", "polar_bear/a.jpg"))
 
 
-def test_outcomes_average_to_the_accuracy(clip: Any, clip_tokenizer: Any) -> None:
-    """Of a genuine model with its own tokenizer and several templates."""
-    from torchvision.transforms.functional import to_pil_image, to_tensor
-
-    from fastsds.evaluation import ClipJudge
-
-    pictures = [to_pil_image(image) for image in torch.rand(30, 3, 32, 32)]
-    labels = torch.randint(5, (30,))
-    names, templates = ("red", "a dog", "blue", "x", "y z"), ("a photo of {}", "{} or so", "the {}.")
-    data = ClassifiedImages(list(zip(pictures, labels.tolist(), strict=True)), tuple(map(str, range(30))), names)
-    found = zero_shot_outcomes(ClipJudge(clip, to_tensor, clip_tokenizer, batch_size=7), data, templates)
-    images = torch.stack([to_tensor(picture) for picture in pictures])
-    expected = zero_shot_accuracy(clip, clip_tokenizer, images, labels, names, templates)
-    assert found.figures["accuracy"].micro == pytest.approx(expected)
-    assert 0 < expected < 1
-
-
 def test_classes_of_one_name_tie(folders: Path, colour_judge: Any) -> None:
     data = read_class_folders(folders, ("red", "green", "red"))
     assert zero_shot_outcomes(colour_judge(), data, TEMPLATES).figures["accuracy"].hits == (0, 0, 1, 0, 0, 0)
-
-
-def test_labels_and_similarities_are_checked(colour_judge: Any) -> None:
-    image = Image.new("RGB", (2, 2), (255, 0, 0))
-    with pytest.raises(ValueError, match="images: expected labels below 2, got 0 to 2"):
-        zero_shot_outcomes(
-            colour_judge(), ClassifiedImages([(image, 0), (image, 2)], ("a", "b"), ("red", "blue")), TEMPLATES
-        )
-    judge = colour_judge({"a broken one": [float("inf"), 0.0, 0.0]})
-    with pytest.raises(ValueError, match="images: expected finite similarities"):
-        zero_shot_outcomes(judge, ClassifiedImages([(image, 0)], ("a",), ("red", "broken")), TEMPLATES)
 
 
 def test_wrong_folders_are_named(folders: Path, tmp_path: Path, colour_judge: Any) -> None:

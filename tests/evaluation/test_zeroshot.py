@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from fastsds.evaluation import zero_shot_accuracy
+from fastsds.evaluation import ClassifiedImages, ClipJudge, zero_shot_accuracy, zero_shot_outcomes
 
 TABLE = {
     "a photo of red": [1.0, 0.0, 0.0],
@@ -89,3 +91,27 @@ def test_labels_that_are_not_positions_are_refused(stub_clip: Any, labels: list[
     images = _images((1, 0, 0), (0, 1, 0))
     with pytest.raises(ValueError, match=message):
         zero_shot_accuracy(clip, clip.tokenizer, images, torch.tensor(labels, dtype=torch.int64), NAMES)
+
+
+def test_outcomes_average_to_the_accuracy(clip: Any, clip_tokenizer: Any) -> None:
+    """Of a genuine model with its own tokenizer and several templates."""
+    pictures = [to_pil_image(image) for image in torch.rand(30, 3, 32, 32)]
+    labels = torch.randint(5, (30,))
+    names, templates = ("red", "a dog", "blue", "x", "y z"), ("a photo of {}", "{} or so", "the {}.")
+    data = ClassifiedImages(list(zip(pictures, labels.tolist(), strict=True)), tuple(map(str, range(30))), names)
+    found = zero_shot_outcomes(ClipJudge(clip, to_tensor, clip_tokenizer, batch_size=7), data, templates)
+    images = torch.stack([to_tensor(picture) for picture in pictures])
+    expected = zero_shot_accuracy(clip, clip_tokenizer, images, labels, names, templates)
+    assert found.figures["accuracy"].micro == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
+def test_labels_and_similarities_are_checked(colour_judge: Any) -> None:
+    image = Image.new("RGB", (2, 2), (255, 0, 0))
+    with pytest.raises(ValueError, match="images: expected labels below 2, got 0 to 2"):
+        zero_shot_outcomes(
+            colour_judge(), ClassifiedImages([(image, 0), (image, 2)], ("a", "b"), ("red", "blue")), ["a {} one"]
+        )
+    judge = colour_judge({"a broken one": [float("inf"), 0.0, 0.0]})
+    with pytest.raises(ValueError, match="images: expected finite similarities"):
+        zero_shot_outcomes(judge, ClassifiedImages([(image, 0)], ("a",), ("red", "broken")), ["a {} one"])
