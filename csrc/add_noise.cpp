@@ -3,6 +3,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "contract.h"
 #include "direct.h"
 #include "elements.h"
@@ -116,6 +119,14 @@ auto add_noise_backward_op() {
   return op;
 }
 
+// For create_graph: the definition, which autograd differentiates in its turn.
+at::Tensor differentiable_backward(const at::Tensor& grad, const at::Tensor& alpha_t, at::ScalarType dtype) {
+  std::vector<int64_t> shape(grad.dim(), 1);
+  std::copy_n(alpha_t.sizes().begin(), 2, shape.begin());
+  const at::Tensor alpha = alpha_t.to(dtype == at::kDouble ? at::kDouble : at::kFloat).reshape(shape);
+  return (alpha * grad).sum(1).to(dtype);
+}
+
 // The gradient that fastsds/ops/add_noise.py registers for every device.
 class AddNoise : public torch::autograd::Function<AddNoise> {
  public:
@@ -133,7 +144,9 @@ class AddNoise : public torch::autograd::Function<AddNoise> {
     torch::autograd::variable_list results(6);
     if (context->needs_input_grad(0)) {
       const at::Tensor alpha_t = context->get_saved_variables()[0];
-      results[0] = add_noise_backward_op().call(grads[0], alpha_t, context->saved_data["dtype"].toScalarType());
+      const at::ScalarType dtype = context->saved_data["dtype"].toScalarType();
+      results[0] = at::GradMode::is_enabled() ? differentiable_backward(grads[0], alpha_t, dtype)
+                                              : add_noise_backward_op().call(grads[0], alpha_t, dtype);
     }
     return results;
   }

@@ -74,6 +74,7 @@ def _check_backward(grad: Tensor, alpha_t: Tensor, dtype: torch.dtype) -> None:
         grad.shape[:2] == alpha_t.shape,
         lambda: f"grad: expected [batch, draws, *latent] of {list(alpha_t.shape)}, got {list(grad.shape)}",
     )
+    _checks.check_same_device(grad=grad, alpha_t=alpha_t)
 
 
 def _empty_backward(grad: Tensor, alpha_t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +119,9 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     (alpha_t,) = ctx.saved_tensors
     if not ctx.needs_input_grad[0]:
         return (None,) * 6
-    return torch.ops.fastsds.add_noise_backward(grad, alpha_t, ctx.latents_dtype), *(None,) * 5
+    # Under create_graph the definition, which autograd differentiates in its turn.
+    backward = reference_backward if torch.is_grad_enabled() else torch.ops.fastsds.add_noise_backward
+    return backward(grad, alpha_t, ctx.latents_dtype), *(None,) * 5
 
 
 torch.library.register_autograd("fastsds::add_noise", _backward, setup_context=_setup_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -207,7 +208,7 @@ def reference(
     """The definition, in plain PyTorch."""
     arguments = (alpha_t, sigma_t, seed, prediction_type, prediction_uncond, guidance_scale, batch_offset)
     residual, _, _ = _residual(prediction, latents, *arguments)
-    return weight.to(residual.dtype) * residual.square().flatten(2).mean(dim=2)
+    return (weight.to(residual.dtype) * residual.square().flatten(2).mean(dim=2)).contiguous()
 
 
 def _check_backward(grad: Tensor, prediction: Tensor, latents: Tensor, alpha_t: Tensor, *arguments: Any) -> None:
@@ -216,6 +217,7 @@ def _check_backward(grad: Tensor, prediction: Tensor, latents: Tensor, alpha_t: 
         grad.shape == alpha_t.shape,
         lambda: f"grad: expected [batch, draws] = {list(alpha_t.shape)}, got {list(grad.shape)}",
     )
+    _checks.check_same_device(latents=latents, grad=grad)
 
 
 def _empty_backward(
@@ -306,7 +308,11 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         ctx.needs_input_grad[1] and not (differentiable and prediction_type == "epsilon"),
         ctx.needs_input_grad[7] and differentiable,
     ]
-    _, *gradients = torch.ops.fastsds.sds_loss_backward(
+    # Under create_graph the definition, which autograd differentiates in its turn.
+    backward: Callable[..., Any] = (
+        reference_backward if torch.is_grad_enabled() else torch.ops.fastsds.sds_loss_backward
+    )
+    _, *gradients = backward(
         grad, *tensors, prediction_type, prediction_uncond, guidance_scale, jacobian, batch_offset, needs
     )
     prediction, latents, uncond = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

@@ -226,6 +226,14 @@ def test_gradient_in_float64(backend: str) -> None:
     assert torch.autograd.gradcheck(lambda z: add_noise(z, alpha_t, sigma_t, seed), (latents,), fast_mode=interpreted)
 
 
+def test_second_derivatives() -> None:
+    latents, alpha_t, sigma_t, seed = _inputs((2, 3, 2), dtype=torch.float64)
+    latents.requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda z: add_noise(z, alpha_t, sigma_t, seed).pow(3), (latents,), fast_mode=True
+    )
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("output", [torch.float32, torch.bfloat16])
 def test_gradient_is_summed_over_draws_before_rounding(dtype: torch.dtype, output: torch.dtype) -> None:

@@ -208,6 +208,25 @@ def test_loss_and_gradients_in_one_pass_are_those_of_autograd(case: Case, jacobi
             torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_second_derivatives(case: Case, guided: bool) -> None:
+    leaves = (case.prediction[:1, :, :1], case.latents[:1, :1], case.prediction[:1, :, :1] + 0.5)
+    leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves[: 3 if guided else 2])
+    draws = (case.alpha_t[:1], case.sigma_t[:1], case.weight[:1], case.seed)
+
+    def loss(prediction: Tensor, latents: Tensor, uncond: Tensor | None = None) -> Tensor:
+        options: dict[str, Any] = {"prediction_uncond": uncond, "guidance_scale": 3.0} if guided else {}
+        return sds_loss(prediction, latents, *draws, prediction_type=case.prediction_type, **options).square()
+
+    assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
+
+
+def test_results_are_dense_whatever_the_coefficients_are() -> None:
+    latents, coefficients = torch.randn(3, 4), torch.rand(2, 3).t()
+    loss = sds_loss(torch.randn(3, 2, 4), latents, coefficients, coefficients, coefficients, torch.tensor(1))
+    assert loss.is_contiguous()
+
+
 @pytest.mark.smoke
 def test_noise_is_that_of_add_noise() -> None:
     """The residual of an epsilon prediction is zero at the noise that `add_noise` used, in one piece and in slices."""
