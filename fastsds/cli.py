@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
@@ -97,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if not debug:
+        # Of the way in which it calls PyTorch; no user can mend that.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
     try:
         return _run(words)
     except SystemExit as stop:

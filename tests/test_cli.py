@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,7 @@ def test_other_processes_say_which_they_are(
 def test_listing_commands_and_info_import_no_model_library() -> None:
     code = """
 import sys
+import warnings
 from fastsds import cli
 assert cli.main(["--help"]) == 0
 assert "torch" not in sys.modules
@@ -172,3 +174,12 @@ assert not heavy, heavy
 def test_the_package_is_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "fastsds", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"fastsds {fastsds.__version__}\n")
+
+
+def test_open_clips_deprecated_calls_are_not_the_users_concern() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert cli.main(["--version"]) == 0
+        for module in ("open_clip.loss", "users.own"):
+            warnings.warn_explicit("all_gather is deprecated", FutureWarning, "loss.py", 51, module=module)
+    assert len(seen) == 1

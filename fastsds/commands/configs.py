@@ -103,6 +103,12 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def default_workers() -> int:
+    """Processes that read images: 4, or as many as the cores that this process may use, of which more is a warning."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
+
+
 def say(message: str) -> None:
     """Prints a line, in the main process."""
     if is_main_process():

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from fastsds.clip.source import ClipSource, LoadedCLIP
-from fastsds.commands.configs import FILE_NAME, is_main_process, save_config, say
+from fastsds.commands.configs import FILE_NAME, default_workers, is_main_process, save_config, say
 from fastsds.commands.latents import fit_projector, with_latents
-from fastsds.commands.runs import fit, open_run
+from fastsds.commands.runs import fit, open_run, resumable
 from fastsds.data.captions import CaptionDataset
 from fastsds.data.loader import caption_loader
 from fastsds.data.source import CaptionSource
@@ -110,8 +110,8 @@ class DistillRun:
     train: DistillConfig = field(default_factory=DistillConfig)
     batch_size: int = 32
     """Pairs per step, over all processes (*secondary*: 32)."""
-    workers: int = 4
-    """Processes that read images; 0 reads them in the training process."""
+    workers: int = field(default_factory=default_workers)
+    """Processes that read images, by default 4 or one per core; 0 reads them in the training process."""
     winoground: Path | None = None
     """A Winoground folder that is measured every `train.evaluate_every` steps and at the end."""
     resume: bool = False
@@ -133,6 +133,15 @@ def run_distill(config: DistillRun) -> None:
     distiller = make_distiller(config, clip, teacher)
     if is_main_process():
         save_config(out / FILE_NAME, dataclasses.replace(config, resume=False), "distill")
+    with resumable(out, "distill"):
+        _train(config, distiller, dataset, clip)
+    _report(out, dataset)
+
+
+def _train(config: DistillRun, distiller: SDSDistiller, dataset: CaptionDataset, clip: LoadedCLIP) -> None:
+    """The projector's start and ranking's latents, where they are wanted, and the training."""
+    out, teacher = config.train.out, distiller.teacher
+    progress = config.train.progress and is_main_process()
     started = latest_checkpoint(out / "checkpoints") is not None
     if distiller.projector is not None and config.sds.projector_images and not started:
         explained = fit_projector(
@@ -145,7 +154,6 @@ def run_distill(config: DistillRun) -> None:
     loader = caption_loader(dataset, config.batch_size, config.workers, seed=config.train.seed)
     evaluate = None if config.winoground is None else Winoground(config.winoground, clip, config.workers)
     fit(DistillTrainer(distiller, loader, config.train, evaluate), "distill")
-    _report(out, dataset)
 
 
 def make_distiller(config: DistillRun, clip: LoadedCLIP, teacher: DiffusionTeacher | None) -> SDSDistiller:

@@ -11,6 +11,7 @@ import torch
 import fastsds
 from fastsds.clip.source import ClipSource, LoadedCLIP
 from fastsds.commands.benchmarks import AroTask, SugarCrepeSplit, read_examples
+from fastsds.commands.configs import default_workers
 from fastsds.commands.results import check_places, save_results
 from fastsds.evaluation.aro import with_published_macro
 from fastsds.evaluation.classification import (
@@ -40,8 +41,8 @@ class Evaluation:
     """Results of another model on the same data: the differences are tested sample by sample, this model minus that."""
     batch_size: int = 256
     """Images, and captions, that are encoded at once."""
-    workers: int = 4
-    """Processes that read images; 0 reads them in this one."""
+    workers: int = field(default_factory=default_workers)
+    """Processes that read images, by default 4 or one per core; 0 reads them in this one."""
     device: str = "auto"
     """cuda where there is one, else cpu."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from fastsds.clip.source import LoadedCLIP
+from fastsds.commands.configs import default_workers
 from fastsds.data.attributes import read_attributes
 from fastsds.data.fewshot import FewShotDataset, FewShotSplit, LabelledImage
 from fastsds.evaluation.base_to_novel import BaseToNovelScores
@@ -60,8 +61,8 @@ class Loading:
     """How images are read for measuring."""
 
     batch_size: int = 100
-    workers: int = 4
-    """Processes that read images; 0 reads them in this one."""
+    workers: int = field(default_factory=default_workers)
+    """Processes that read images, by default 4 or one per core; 0 reads them in this one."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("workers", 0)):

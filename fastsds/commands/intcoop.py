@@ -19,7 +19,7 @@ from fastsds.clip.source import ClipSource, LoadedCLIP
 from fastsds.commands.configs import FILE_NAME, is_main_process, parse, save_config, say
 from fastsds.commands.fewshot import FewShotSource, Loading, accuracy, base_to_novel, harmonic_mean
 from fastsds.commands.results import save_results
-from fastsds.commands.runs import fit, open_run
+from fastsds.commands.runs import fit, open_run, resumable
 from fastsds.data.fewshot import FewShotDataset, FewShotSplit
 from fastsds.evaluation.base_to_novel import classification_accuracy
 from fastsds.intcoop.attributes import AttributeSpace
@@ -110,6 +110,14 @@ def run_intcoop(config: IntCoOpRun) -> None:
     model = make_model(config, clip, few.classnames)
     if is_main_process():
         save_config(out / FILE_NAME, dataclasses.replace(config, resume=False), "intcoop")
+    with resumable(out, "intcoop"):
+        _train_and_measure(config, model, split, few, clip)
+
+
+def _train_and_measure(
+    config: IntCoOpRun, model: PromptedCLIP, split: FewShotSplit, few: FewShotSplit, clip: LoadedCLIP
+) -> None:
+    out = config.train.out
     if config.method != "zeroshot":
         _train(config, model, few, clip)
     if not is_main_process():
@@ -121,10 +129,11 @@ def run_intcoop(config: IntCoOpRun) -> None:
     if config.base_to_novel:
         outcomes = base_to_novel(model, split, clip, config.loading)
         description["harmonic mean"] = f"{harmonic_mean(outcomes):.1%}"
-        say(f"harmonic mean of base and novel: {description['harmonic mean']}")
     else:
         outcomes = accuracy(model, split, clip, config.loading)
     save_results(out / RESULTS, outcomes, description=description)
+    if config.base_to_novel:
+        say(f"harmonic mean of base and novel: {description['harmonic mean']}")
     again = f"; measure it again: fastsds evaluate base-to-novel --run {out}" if config.base_to_novel else ""
     say(f"the run is in {out}{again}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -25,6 +27,19 @@ def open_run(accelerator: Accelerator, out: Path, *, resume: bool) -> None:
     on_main_process(accelerator, check)
 
 
+@contextmanager
+def resumable(out: Path, command: str) -> Iterator[None]:
+    """Around what a command does once its config lies in `out`.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted; the message says how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(error) or f"interrupted; {_how_to_go_on(out, command)}") from None
+
+
 def fit(trainer: Trainer, command: str) -> None:
     """Trains, from the last checkpoint where there is one.
 
@@ -34,8 +49,11 @@ def fit(trainer: Trainer, command: str) -> None:
     try:
         trainer.fit(resume=True)
     except TrainingInterrupted as stop:
-        config = trainer.config.out / FILE_NAME
         raise KeyboardInterrupt(
-            f"stopped after step {stop.step} of {trainer.total_steps}, saved as {stop.checkpoint}; go on: "
-            f"fastsds {command} --config {config} --resume"
+            f"stopped after step {stop.step} of {trainer.total_steps}, saved as {stop.checkpoint}; "
+            f"{_how_to_go_on(trainer.config.out, command)}"
         ) from None
+
+
+def _how_to_go_on(out: Path, command: str) -> str:
+    return f"go on: fastsds {command} --config {out / FILE_NAME} --resume"

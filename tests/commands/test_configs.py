@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from torch.utils.data import DataLoader
 
-from fastsds.commands.configs import ConfigError, UsageError, parse, save_config
+from fastsds.commands.configs import ConfigError, UsageError, default_workers, parse, save_config
 
 
 @dataclass(frozen=True)
@@ -139,3 +140,9 @@ def test_saved_yaml_is_plain(tmp_path: Path) -> None:
     assert document["model"] == {"name": "ViT-B-32", "tag": "openai", "quick": True}
     assert document["train"]["out"] == "x y"
     assert document["train"]["betas"] == [0.5, 0.6]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_default_number_of_workers_is_one_that_pytorch_does_not_warn_of() -> None:
+    assert 1 <= default_workers() <= 4
+    DataLoader(range(3), num_workers=default_workers())  # type: ignore[arg-type]

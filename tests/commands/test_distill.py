@@ -22,6 +22,7 @@ from fastsds import cli
 from fastsds.clip.source import ClipSource
 from fastsds.commands.configs import parse
 from fastsds.commands.distill import DistillRun, Winoground
+from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.evaluation.winoground import read_winoground, winoground_scores, winoground_similarity
 from fastsds.training.metrics import read_metrics
 
@@ -126,6 +127,24 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
     whole, resumed = (read_metrics(folder / "metrics.jsonl", "train") for folder in (distilled, out))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     assert yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))["resume"] is False
+
+
+def test_a_run_stopped_before_its_first_step_says_how_to_go_on(
+    distil: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C comes while the VAE encodes images for the projector."""
+    out = tmp_path / "run"
+
+    def interrupt(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DiffusionTeacher, "encode_images_cached", interrupt)
+        assert cli.main([*distil, "--train.out", str(out)]) == 130
+    go_on = f"fastsds distill --config {out / 'config.yaml'} --resume"
+    assert capsys.readouterr().err.splitlines()[-1] == f"fastsds: interrupted; go on: {go_on}"
+    run(*go_on.split()[1:])
+    assert len(read_metrics(out / "metrics.jsonl", "train")) == 4
 
 
 def test_the_projector_starts_from_the_teachers_latents(
