@@ -171,7 +171,8 @@ def test_distill_kill_resume_export_evaluate(world: Path, tmp_path: Path, fastsd
     model, preprocess = open_clip.create_model_from_pretrained(name)
     image = Image.open(next((world / "coco" / "train").iterdir()))
     expected = features(model, preprocess, open_clip.get_tokenizer(name), image)
-    torch.testing.assert_close(features(*fastsds.load_distilled(patch), image), expected, rtol=1e-5, atol=1e-6)
+    for ours, plain in zip(features(*fastsds.load_distilled(patch), image), expected, strict=True):
+        assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
 @torch.no_grad()
