@@ -13,6 +13,7 @@ from fastsds.clip.source import LoadedCLIP
 from fastsds.commands.configs import default_workers
 from fastsds.data.attributes import read_attributes
 from fastsds.data.fewshot import FewShotDataset, FewShotSplit, LabelledImage
+from fastsds.data.loader import leave_signals
 from fastsds.evaluation.base_to_novel import BaseToNovelScores
 from fastsds.evaluation.outcomes import Figure, Outcomes
 from fastsds.evaluation.similarity import strict_hits
@@ -103,7 +104,8 @@ def harmonic_mean(outcomes: Outcomes) -> float:
 def _figure(model: PromptedCLIP, items: Sequence[LabelledImage], clip: LoadedCLIP, loading: Loading) -> Figure:
     device = next(model.parameters()).device
     model.eval()
-    loader = DataLoader(FewShotDataset(items, clip.preprocess), loading.batch_size, num_workers=loading.workers)
+    data = FewShotDataset(items, clip.preprocess)
+    loader = DataLoader(data, loading.batch_size, num_workers=loading.workers, worker_init_fn=leave_signals)
     hits = torch.cat([strict_hits(model(batch["images"].to(device)), batch["labels"]).cpu() for batch in loader])
     return Figure(
         tuple(hits.double().tolist()),

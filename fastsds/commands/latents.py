@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from fastsds.data.captions import CaptionDataset
+from fastsds.data.loader import leave_signals
 from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.sdsclip.distiller import SDSDistiller
 
@@ -59,7 +60,8 @@ def _views_and_latents(
         bar: title of the progress bar, or None for none.
     """
     views = _Views(dataset, teacher.image_size)
-    loader = DataLoader(Subset(views, range(min(images, len(dataset)))), _BATCH, num_workers=workers)
+    subset = Subset(views, range(min(images, len(dataset))))
+    loader = DataLoader(subset, _BATCH, num_workers=workers, worker_init_fn=leave_signals)
     for preprocessed, pictures, keys in tqdm(loader, desc=bar, unit="batch", disable=bar is None):
         yield preprocessed, teacher.encode_images_cached(keys, pictures)
 

@@ -74,6 +74,7 @@ def _check_backward(grad: Tensor, alpha_t: Tensor, dtype: torch.dtype) -> None:
         grad.shape[:2] == alpha_t.shape,
         lambda: f"grad: expected [batch, draws, *latent] of {list(alpha_t.shape)}, got {list(grad.shape)}",
     )
+    _checks.check_floating("grad", grad)
     _checks.check_same_device(grad=grad, alpha_t=alpha_t)
 
 

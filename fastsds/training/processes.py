@@ -13,6 +13,8 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from fastsds.data.loader import leave_signals
+
 Result = TypeVar("Result")
 
 
@@ -140,8 +142,6 @@ def _check_split(loader: DataLoader[Any], processes: int) -> None:
 
 
 def _start_worker(index: int, then: Callable[[int], None] | None) -> None:
-    """Ctrl-C reaches all of a terminal's processes: workers leave them, as a run's last steps still want batches."""
-    if hasattr(os, "setsid"):
-        os.setsid()
+    leave_signals(index)
     if then is not None:
         then(index)

@@ -104,6 +104,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written or does not fit.
             TrainingInterrupted: SIGINT or SIGTERM came; the run was saved after the step and can be resumed.
         """
+        self._forget_unfinished_step()
         self._saved = on_main_process(self.accelerator, lambda: self._enter_folder(resume))
         if self._saved is not None:
             self._restore(self._saved)
@@ -198,6 +199,12 @@ class Trainer:
             figures = dict(self.evaluate(self.module))
         self._model.train()
         return figures
+
+    def _forget_unfinished_step(self) -> None:
+        """What an earlier `fit` of this trainer, that an error ended, left behind."""
+        self._pending = PendingMetrics()
+        self._optimizer.optimizer.zero_grad()
+        self.accelerator.step = 0
 
     def _enter_folder(self, resume: bool) -> Path | None:
         """Makes the run's folder and gives the checkpoint to start from."""

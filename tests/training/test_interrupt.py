@@ -81,8 +81,8 @@ def test_a_run_in_another_thread_leaves_signals_alone(toy: Any, loader: Any, con
     assert results[0].step == 3
 
 
-class _GroupRows(Dataset[dict[str, Tensor]]):
-    """Rows that refuse to be read by a process that a terminal signals together with its parent."""
+class _InterruptedRows(Dataset[dict[str, Tensor]]):
+    """Rows whose reader hears Ctrl-C at each of them, as a worker does that a terminal signals with its parent."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -91,7 +91,7 @@ class _GroupRows(Dataset[dict[str, Tensor]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        assert os.getpgrp() != os.getpgid(os.getppid())
+        os.kill(os.getpid(), signal.SIGINT)
         return self.rows[index]
 
 
@@ -100,6 +100,6 @@ def test_workers_do_not_hear_ctrl_c(toy: Any, loader: Any, config: Any, tmp_path
         (tmp_path / f"worker-{index}").touch()
 
     options = {"num_workers": 1, "worker_init_fn": started, "multiprocessing_context": "fork"}
-    data = DataLoader(_GroupRows(loader().dataset), 2, persistent_workers=True, **options)
+    data = DataLoader(_InterruptedRows(loader().dataset), 2, persistent_workers=True, **options)
     assert Trainer(toy(), data, config(steps=8)).fit().step == 8
     assert (tmp_path / "worker-0").exists()  # the loader's own start is kept

@@ -171,6 +171,19 @@ def test_resumed_runs_draw_the_same_dropout_and_order(
     assert _train_metrics(config()) == _train_metrics(config(out=tmp_path / "whole"))
 
 
+def test_a_trainer_goes_on_after_an_error_as_a_new_one_does(toy: Any, loader: Any, config: Any, tmp_path: Path) -> None:
+    """It was ended between the two batches of a step, and its losses were not written yet."""
+    options = {"steps": 6, "save_every": 2, "accumulation": 2}
+    whole, stopped = toy(), toy(on_forward=_stop_at(8))
+    Trainer(whole, loader(), config(**options, out=tmp_path / "whole")).fit()
+    trainer = Trainer(stopped, loader(), config(**options))
+    with pytest.raises(_Stop):
+        trainer.fit()
+    assert trainer.fit(resume=True).step == 6
+    assert all(torch.equal(tensor, _weights(whole)[name]) for name, tensor in _weights(stopped).items())
+    assert _train_metrics(config()) == _train_metrics(config(out=tmp_path / "whole"))
+
+
 def test_resuming_with_a_lower_rate_uses_it_at_once(toy: Any, loader: Any, config: Any) -> None:
     with pytest.raises(_Stop):
         Trainer(toy(on_forward=_stop_at(8)), loader(), config(steps=12, save_every=5)).fit()
