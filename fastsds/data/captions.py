@@ -121,23 +121,37 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index, image = self._open(index)
-        row: dict[str, Any] = {
-            "images": self.preprocess(image),
-            "tokens": self.tokenizer([self.captions[index]])[0],
-            "captions": self.captions[index],
-        }
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of a batch, for which a `DataLoader` asks at once: one call of the tokenizer, no text twice."""
+        rows, texts = [], []
+        for index in indices:
+            row, image = self._open(index)
+            candidates = None if self.candidates is None else self.candidates[row]
+            rows.append((row, self.preprocess(image), self.captions[row], candidates))
+            texts += [self.captions[row], *(candidates or ())]
+        distinct = list(dict.fromkeys(texts))
+        tokens = dict(zip(distinct, self.tokenizer(distinct), strict=True)) if distinct else {}
+        return [self._row(*row, tokens) for row in rows]
+
+    def _row(
+        self, index: int, image: Tensor, caption: str, candidates: Sequence[str] | None, tokens: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"images": image, "tokens": tokens[caption], "captions": caption}
         if self.candidates is None:
-            return row | {name: column[index] for name, column in self.extra.items()}
-        candidates = self.candidates[index]
+            return row | self._extra(index)
         row["candidates"] = None
         if candidates is not None:
             row["candidates"] = {
-                "candidate_tokens": self.tokenizer(list(candidates)),
+                "candidate_tokens": torch.stack([tokens[text] for text in candidates]),
                 "candidate_captions": list(candidates),
-                **{name: column[index] for name, column in self.extra.items()},
+                **self._extra(index),
             }
         return row
+
+    def _extra(self, index: int) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in self.extra.items()}
 
     def _open(self, index: int) -> tuple[int, Image.Image]:
         """The row that is to be read, `index` or the one in its place, and its image."""

@@ -266,6 +266,22 @@ def test_loader_gives_every_pair_once_with_its_own_caption() -> None:
     assert sorted(seen, key=int) == captions and seen != captions
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_tokenized_in_one_call_and_no_text_twice(workers: int) -> None:
+    def tokenizer(captions: list[str]) -> Tensor:
+        assert sorted(captions) == ["a", "b a", "c"]
+        return _tokenizer(captions)
+
+    dataset = CaptionDataset(
+        IMAGES, ["a", "b a", "a"], _preprocess, tokenizer, candidates=[["a", "b a"], None, ["c", "a"]]
+    )
+    options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+    (batch,) = DataLoader(dataset, batch_size=3, collate_fn=collate_captions, **options)
+    assert torch.equal(batch["tokens"], _tokenizer(["a", "b a", "a"]))
+    assert torch.equal(batch["candidate_tokens"], _tokenizer(["a", "b a", "c", "a"]).view(2, 2, 2))
+    assert batch["candidate_rows"].tolist() == [0, 2]
+
+
 def test_a_batch_is_what_the_distiller_takes(clip: Any, clip_tokenizer: Any) -> None:
     from fastsds.sdsclip import SDSDistiller
 
