@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -187,6 +188,27 @@ def test_cache_follows_the_teachers_dtype(teacher: DiffusionTeacher) -> None:
     encoded = _embeddings(teacher, ["a", "b"])
     assert encoded.dtype == torch.float64
     torch.testing.assert_close(encoded, _embeddings(teacher, ["b", "a"]).flip(0), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_kept_does_not_depend_on_autocast(teacher: DiffusionTeacher) -> None:
+    """Text and latents go to caches that other runs read."""
+    images, other = torch.rand(2, 3, *teacher.image_size), copy.deepcopy(teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        text, latents = _embeddings(teacher, CAPTIONS), teacher.encode_images(images)
+    assert torch.equal(text, _embeddings(other, CAPTIONS))
+    assert torch.equal(latents, other.encode_images(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prediction_is_in_the_teachers_dtype_under_autocast(teacher: DiffusionTeacher, dtype: torch.dtype) -> None:
+    """A teacher that is in low precision already computes as it does without."""
+    inputs = _inputs(teacher.to(dtype))
+    expected = teacher.predict(*inputs)
+    with torch.autocast("cpu", torch.float16):
+        predicted = teacher.predict(*inputs)
+    assert predicted.dtype == dtype
+    assert torch.equal(predicted, expected) == (dtype == torch.bfloat16)
+    torch.testing.assert_close(predicted, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("captions", ["a red circle", [1, 2], ["a", None]])
