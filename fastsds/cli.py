@@ -99,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not debug:
-        # Of the way in which it calls PyTorch; no user can mend that.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
+        _hush_libraries()
     try:
         return _run(words)
     except SystemExit as stop:
@@ -114,6 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _complain(_one_line(error))
         return 1
+
+
+def _hush_libraries() -> None:
+    """Leaves out what libraries say of how they call one another, and what the one line of an error says again."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def _run(words: Sequence[str]) -> int:

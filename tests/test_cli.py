@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import fastsds
 from fastsds import cli
@@ -174,6 +175,15 @@ assert not heavy, heavy
 def test_the_package_is_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "fastsds", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"fastsds {fastsds.__version__}\n")
+
+
+def test_attributes_asks_no_hub_for_what_is_no_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "train/cat/1.png"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(image)
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    assert cli.main(["attributes", "--images", str(tmp_path), "--model", "blip2"]) == 1
+    assert capsys.readouterr().err == "fastsds: model: blip2 is no folder, and no hub id (org/model)\n"
 
 
 def test_open_clips_deprecated_calls_are_not_the_users_concern() -> None:

@@ -46,7 +46,7 @@ def parse(kind: type[Config], arguments: Sequence[str], *, command: str, descrip
                 prog=f"fastsds {command}",
                 description=description or None,
                 args=rest,
-                default=tyro.MISSING_NONPROP if file is None else read_config(file, kind),
+                default=tyro.MISSING_NONPROP if file is None else read_config(file, kind, command),
                 console_outputs=is_main_process(),
             )
     except SystemExit as stop:
@@ -55,22 +55,30 @@ def parse(kind: type[Config], arguments: Sequence[str], *, command: str, descrip
         raise UsageError(f"{_unboxed(complaint.getvalue())}; see fastsds {command} --help") from None
 
 
-def read_config(path: Path, kind: type[Config]) -> Config:
+def read_config(path: Path, kind: type[Config], command: str = "") -> Config:
     """A config from a YAML file, where options that it lacks and that have no default are `tyro.MISSING`.
 
     The instance is for tyro, which makes the real one with the command line's options; nothing is validated but names
     and types.
 
     Raises:
-        ConfigError: a file that cannot be read, or options in it that do not exist or are of another type.
+        ConfigError: a file that cannot be read, or options in it that do not exist or are of another type, as in the
+            file that another command than `command` wrote.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"config: could not read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from error
-    return _partial(kind, {} if document is None else document, path, "")
+    try:
+        return _partial(kind, {} if document is None else document, path, "")
+    except ConfigError:
+        writer = re.match(r"# fastsds (.+) --config ", text)
+        if writer and command and writer[1] != command:
+            raise ConfigError(f"config: {path} is of fastsds {writer[1]}, expected one of fastsds {command}") from None
+        raise
 
 
 def save_config(path: Path, config: Any, command: str) -> None:

@@ -70,6 +70,8 @@ def run_diffusion_score(config: DiffusionScoreEvaluation) -> None:
         scorer, examples, config.benchmark,
         draws=config.draws, first_draws=config.first_draws, confidence=config.confidence,
     )  # fmt: skip
+    if config.benchmark == "sugarcrepe":
+        outcomes = outcomes.with_groups_of("accuracy")
     description = {
         "model": f"diffusion score of {config.teacher.source}",
         "data": config.data,

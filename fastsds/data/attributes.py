@@ -70,12 +70,23 @@ class Blip2Labeller:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, question: str = QUESTION, device: str = "cpu") -> Blip2Labeller:
-        """Loads a folder or hub id: safetensors only; bfloat16 on a GPU, float32 elsewhere."""
+        """Loads a folder or hub id: safetensors only; bfloat16 on a GPU, float32 elsewhere.
+
+        Raises:
+            FileNotFoundError: what is neither a folder nor a hub id.
+            OSError: it cannot be loaded; the message names it.
+        """
+        if not Path(name).is_dir() and str(name).count("/") != 1:
+            raise FileNotFoundError(f"model: {name} is no folder, and no hub id (org/model)")
         from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        model = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, use_safetensors=True)
-        return cls(model.to(device), Blip2Processor.from_pretrained(name), question)
+        try:
+            model = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            processor = Blip2Processor.from_pretrained(name)
+        except OSError as error:
+            raise OSError(f"model: {name} could not be loaded: {' '.join(str(error).split())}") from error
+        return cls(model.to(device), processor, question)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], classnames: Sequence[str]) -> list[str]:

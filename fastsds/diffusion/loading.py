@@ -25,7 +25,7 @@ def load_parts(source: str | Path, dtype: torch.dtype) -> dict[str, Any]:
     import transformers
 
     folder = Path(source)
-    is_path = isinstance(source, Path) or folder.exists() or source.startswith((".", "/", "~"))
+    is_path = isinstance(source, Path) or folder.exists() or source.startswith((".", "/", "~")) or "/" not in source
     if is_path:
         folder = folder.expanduser()
         if not (folder / "model_index.json").is_file():

@@ -54,6 +54,8 @@ def read_class_folders(root: Path, classnames: Sequence[str] | None = None) -> C
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"root: could not read {root}: {error.strerror}") from error
+    if folders and {folder.name for folder in folders} <= {"train", "val", "test"}:
+        raise DataError(f"root: expected folders of classes in {root}, got {folders[0].name}; name that folder")
     names = tuple(folder.name.replace("_", " ") for folder in folders) if classnames is None else tuple(classnames)
     if len(names) != len(folders):
         raise DataError(f"classnames: expected one for each of the {len(folders)} folders in {root}, got {len(names)}")

@@ -146,3 +146,10 @@ def test_saved_yaml_is_plain(tmp_path: Path) -> None:
 def test_the_default_number_of_workers_is_one_that_pytorch_does_not_warn_of() -> None:
     assert 1 <= default_workers() <= 4
     DataLoader(range(3), num_workers=default_workers())  # type: ignore[arg-type]
+
+
+def test_a_file_of_another_command_is_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    save_config(file, Train(), "train")
+    with pytest.raises(ConfigError, match=r"config\.yaml is of fastsds train, expected one of fastsds run$"):
+        parse(Run, ["--config", str(file)], command="run")

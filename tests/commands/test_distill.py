@@ -189,6 +189,10 @@ def test_evaluation_during_training_is_logged(distil: list[str], tmp_path: Path)
         (["--clip.name", "toyworl"], "name: 'toyworl' is no open_clip architecture"),
         (["--captions.path", "none.json"], "path: none.json does not exist"),
         (["--teacher.source", "./none"], "source: expected a diffusers pipeline folder"),
+        (
+            ["--teacher.source", "none"],
+            "source: expected a diffusers pipeline folder with a model_index.json, got none",
+        ),
         (["--winoground", "./none"], "source: none does not exist"),
         (["--batch-size", "1000"], "loader: expected at least one batch"),
         (["--sds.tune", "nothing"], "tune: 'nothing' matches none"),

@@ -87,6 +87,19 @@ def test_sugarcrepe_and_aro_read_their_files(world: Path, tmp_path: Path) -> Non
     asked, published = (results(tmp_path / "aro")["figures"][name] for name in ("accuracy", "published"))
     assert results(tmp_path / "crepe")["figures"]["accuracy"]["micro"] == asked["micro"]
     assert published["micro"] == asked["by_group"]["relation"]
+    evaluate(
+        "diffusion-score", "--benchmark", "sugarcrepe", "--data", tmp_path, "--images", images, "--splits", "swap_obj",
+        "--teacher.source", "toyworld", "--draws", "8", "--out", tmp_path / "teacher", "--compare", tmp_path / "crepe",
+    )  # fmt: skip
+    assert results(tmp_path / "teacher")["comparison"].keys() == {"accuracy", "swap_obj"}
+
+
+def test_zeroshot_asks_for_the_split_of_a_data_set(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = world / "fewshot"
+    assert cli.main(["evaluate", "zeroshot", "--data", str(folder), *MODEL]) == 1
+    first = min(path.name for path in folder.iterdir() if path.is_dir())
+    expected = f"root: expected folders of classes in {folder}, got {first}; name that folder"
+    assert capsys.readouterr().err == f"fastsds: {expected}\n"
 
 
 def test_the_diffusion_score_beside_clip(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
