@@ -95,8 +95,9 @@ class Trainer:
         """Trains to the end and returns where the run stands.
 
         Args:
-            resume: go on from the run's last checkpoint, to the same numbers as if it had not stopped. Without a
-                checkpoint the run starts anew.
+            resume: go on from the run's last checkpoint, to the same numbers as if it had not stopped (random
+                augmentation in the middle of an epoch aside, which draws anew). Without a checkpoint the run starts
+                anew.
 
         Raises:
             FileExistsError: the run's folder exists and `resume` is not set.

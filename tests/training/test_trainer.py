@@ -16,6 +16,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -391,6 +392,40 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights(toy: Any, loader: Any
     assert set(module.dtypes) == {torch.bfloat16}
     assert module.linear.weight.dtype == torch.float32 and module.linear.weight.isfinite().all()
     assert len(_train_metrics(config())) == 6
+
+
+def _scaled(trainer: Trainer) -> Trainer:
+    """With the gradient scaler of fp16, which accelerate gives to a GPU alone."""
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    trainer._optimizer = AcceleratedOptimizer(trainer._optimizer.optimizer, scaler=accelerator.scaler)
+    accelerator._optimizers = [trainer._optimizer]
+    return trainer
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+def test_a_scaled_gradient_that_overflows_costs_its_step_alone(
+    toy: Any, loader: Any, config: Any, tmp_path: Path, max_grad_norm: float | None
+) -> None:
+    options = {"steps": 9, "save_every": 5, "max_grad_norm": max_grad_norm}
+    configs = {name: config(**options, out=tmp_path / name) for name in ("plain", "whole", "stopped")}
+    Trainer(toy(), loader(), configs["plain"]).fit()
+    whole, stopped = toy(bad=(4, "gradient")), toy(bad=(4, "gradient"), on_forward=_stop_at(8))
+    runs = [Trainer(toy_, loader(), configs[name]) for toy_, name in ((whole, "whole"), (stopped, "stopped"))]
+    resumed = Trainer(toy(), loader(), configs["stopped"])
+    _scaled(runs[0]).fit()
+    scale = runs[0].accelerator.scaler.get_scale()
+    assert scale == 2.0**11  # doubled after the third step, halved at the fourth, doubled after the seventh
+    with pytest.raises(_Stop):
+        _scaled(runs[1]).fit()
+    _scaled(resumed).fit(resume=True)
+    assert resumed.accelerator.scaler.get_scale() == scale
+    assert all(torch.equal(tensor, _weights(whole)[name]) for name, tensor in _weights(resumed.module).items())
+    scaled, plain = _train_metrics(configs["stopped"]), _train_metrics(configs["plain"])
+    assert [row["step"] for row in scaled if not math.isfinite(row["grad_norm"])] == [4]
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in scaled[:3]] == pytest.approx([row[name] for row in plain[:3]], rel=1e-5)
 
 
 def test_a_loader_without_batches_is_refused(toy: Any, loader: Any, config: Any) -> None:
