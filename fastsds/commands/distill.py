@@ -12,7 +12,7 @@ from torch import nn
 from fastsds.clip.source import ClipSource, LoadedCLIP
 from fastsds.commands.configs import FILE_NAME, default_workers, is_main_process, save_config, say
 from fastsds.commands.latents import fit_projector, with_latents
-from fastsds.commands.runs import fit, open_run, resumable
+from fastsds.commands.runs import BAD_IMAGES, fit, open_run, resumable
 from fastsds.data.captions import CaptionDataset
 from fastsds.data.loader import caption_loader
 from fastsds.data.source import CaptionSource
@@ -30,7 +30,6 @@ from fastsds.training.distill import DistillConfig, DistillTrainer
 from fastsds.training.processes import start_accelerator
 
 TEACHER = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-BAD_IMAGES = "bad_images.jsonl"
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,16 @@ def run_distill(config: DistillRun) -> None:
     if is_main_process():
         save_config(out / FILE_NAME, dataclasses.replace(config, resume=False), "distill")
     with resumable(out, "distill"):
-        _train(config, distiller, dataset, clip)
+        _train(config, clip, teacher, dataset, distiller)
     _report(out, dataset)
 
 
-def _train(config: DistillRun, distiller: SDSDistiller, dataset: CaptionDataset, clip: LoadedCLIP) -> None:
+def _train(
+    config: DistillRun, clip: LoadedCLIP, teacher: DiffusionTeacher | None, dataset: CaptionDataset,
+    distiller: SDSDistiller,
+) -> None:  # fmt: skip
     """The projector's start and ranking's latents, where they are wanted, and the training."""
-    out, teacher = config.train.out, distiller.teacher
+    out = config.train.out
     progress = config.train.progress and is_main_process()
     started = latest_checkpoint(out / "checkpoints") is not None
     if distiller.projector is not None and config.sds.projector_images and not started:

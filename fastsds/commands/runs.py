@@ -13,15 +13,20 @@ from fastsds.training.interrupt import TrainingInterrupted
 from fastsds.training.processes import on_main_process
 from fastsds.training.trainer import Trainer
 
+BAD_IMAGES = "bad_images.jsonl"
+
 
 def open_run(accelerator: Accelerator, out: Path, *, resume: bool) -> None:
     """
     Raises:
-        FileExistsError: the run's folder holds something and is not to be resumed.
+        FileExistsError: the run's folder holds more than a run that never trained leaves, and is not to be resumed.
     """
 
     def check() -> None:
-        if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        untrained = out.is_dir() and {path.name for path in out.iterdir()} <= {FILE_NAME, BAD_IMAGES}
+        if untrained:
+            (out / BAD_IMAGES).unlink(missing_ok=True)  # they may have been mended since
+        elif not resume and out.exists():
             raise FileExistsError(f"out: {out} exists; go on with --resume, or name another folder")
 
     on_main_process(accelerator, check)

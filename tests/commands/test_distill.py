@@ -147,6 +147,22 @@ def test_a_run_stopped_before_its_first_step_says_how_to_go_on(
     assert len(read_metrics(out / "metrics.jsonl", "train")) == 4
 
 
+def test_a_run_that_failed_before_it_trained_starts_again(
+    distil: list[str], world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its images are mended in the meantime, and none is left out for having been bad."""
+    images = tmp_path / "train"
+    words = [*distil, "--captions.images", str(images), "--train.out", str(tmp_path / "run")]
+    assert cli.main(words) == 1
+    assert "cannot be read and max_bad_share=" in capsys.readouterr().err
+    assert (tmp_path / "run/bad_images.jsonl").is_file()
+    images.symlink_to(world / "coco/train")
+    run(*words)
+    assert "could not be read" not in capsys.readouterr().out
+    assert cli.main(words) == 1
+    assert "exists; go on with --resume" in capsys.readouterr().err
+
+
 def test_the_projector_starts_from_the_teachers_latents(
     distil: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
