@@ -36,11 +36,15 @@ def _launch(folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs in this process."""
-    folder = tmp_path_factory.mktemp("one")
+    """The runs in this process, on as many threads as each process of a launch has: sums round by their number."""
+    folder, threads = tmp_path_factory.mktemp("one"), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        outcome = runpy.run_path(str(SCRIPT))["main"](folder, [*ALIKE, "saving"])
+        torch.set_num_threads(1)
+        try:
+            outcome = runpy.run_path(str(SCRIPT))["main"](folder, [*ALIKE, "saving"])
+        finally:
+            torch.set_num_threads(threads)
     assert set(outcome.values()) <= {"step 4", "step 6", "step 7"}
     return folder
 
