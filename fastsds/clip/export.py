@@ -136,9 +136,19 @@ def whole_path(target: Path) -> Iterator[Path]:
     _remove(staging)
     try:
         yield staging
+        grant_reading(staging)
         os.rename(staging, target)
     finally:
         _remove(staging)
+
+
+def grant_reading(path: Path) -> None:
+    """Gives a file, or those in a folder, the mode of new files: safetensors lets their owner alone read its own."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def _remove(path: Path) -> None:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastsds.clip.export import grant_reading
+
 FORMAT_VERSION = 1
 TENSORS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 _LIBRARIES = ("torch", "open_clip_torch", "diffusers", "transformers", "accelerate", "safetensors")
@@ -36,6 +38,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        grant_reading(staging)
         for path in staging.iterdir():
             _flush_to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)

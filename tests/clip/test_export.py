@@ -188,6 +188,13 @@ def test_the_layernorm_patch_of_vit_b_32_is_65536_numbers(tmp_path: Path) -> Non
     assert json.loads(metadata["clip_identity"])["activation"] == "QuickGELU"
 
 
+def test_others_may_read_an_export(tuned: TunedCLIP, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    export_tuned(tmp_path / "tuned.safetensors", tuned)
+    assert (tmp_path / "tuned.safetensors").stat().st_mode == plain.stat().st_mode
+
+
 def test_tuned_tensors_do_not_load_under_the_other_activation(tuned: TunedCLIP, tmp_path: Path) -> None:
     assert tuned.identity is not None
     export_tuned(

@@ -55,6 +55,12 @@ def test_a_checkpoint_gives_back_what_it_was_given(saved: Path) -> None:
         assert all(torch.equal(found["state"][index][name], value) for name, value in entries.items())
 
 
+def test_others_may_read_a_checkpoint(saved: Path) -> None:
+    plain = saved.parent / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in saved.iterdir()} == {plain.stat().st_mode}
+
+
 @pytest.mark.parametrize(
     ("into", "message"),
     [
