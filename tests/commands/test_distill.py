@@ -138,9 +138,12 @@ def test_a_run_stopped_before_its_first_step_says_how_to_go_on(
     def interrupt(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell's background jobs, which the tests may be, ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patched:
         patched.setattr(DiffusionTeacher, "encode_images_cached", interrupt)
         assert cli.main([*distil, "--train.out", str(out)]) == 130
+    signal.signal(signal.SIGINT, before)
     go_on = f"fastsds distill --config {out / 'config.yaml'} --resume"
     assert capsys.readouterr().err.splitlines()[-1] == f"fastsds: interrupted; go on: {go_on}"
     run(*go_on.split()[1:])
