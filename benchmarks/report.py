@@ -210,6 +210,14 @@ def write(records: dict[str, list[dict[str, Any]]], where: dict[str, Any], out: 
     return document, picture
 
 
+def write_figures(figures: dict[str, Any], path: Path | None) -> None:
+    """Prints figures as JSON, and writes them to a file where one is named."""
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if path is not None:
+        path.write_text(text, encoding="utf-8")
+
+
 def machine_line(where: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     cuda = "" if where["cuda"] is None else f", CUDA {where['cuda']}"

@@ -7,8 +7,6 @@ image by image, all 77 tokens of every prompt through the tower's own modules; s
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import text_tower, timing
+from benchmarks import report, text_tower, timing
 
 CLASSES, BATCH = 1000, 32
 LOOP_IMAGES = 4
@@ -45,9 +43,11 @@ def measure(
         "loop": (partial(text_tower.loop, dense, first), few),
         "loop, torch.compile": (partial(text_tower.loop, compiled, first), few),
     }
+    counts = {name: images for name, (_, images) in sides.items()}
+    measured = timing.interleaved({name: side for name, (side, _) in sides.items()}, rounds, device)
     return {
         "classes": classes, "batch": batch, "dtype": "bfloat16", "rounds": rounds, "relative_error": error,
-        "sides": _with_ratios(_interleaved(sides, rounds, device)),
+        "sides": _per_image(measured, counts),
     }  # fmt: skip
 
 
@@ -62,30 +62,11 @@ def _largest_error(results: list[Tensor], expected: list[Tensor]) -> float:
     return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
 
 
-def _interleaved(
-    sides: dict[str, tuple[Callable[[], Any], int]], rounds: int, device: torch.device
-) -> dict[str, dict[str, Any]]:
-    """A side that does not fit into memory says so in place of its figures."""
-    measured: dict[str, dict[str, Any]] = {}
-    for name, (side, _) in sides.items():
-        try:
-            side()
-            measured[name] = {"peak_bytes": timing.peak_bytes(side)} if device.type == "cuda" else {}
-        except torch.OutOfMemoryError:
-            measured[name] = {"out_of_memory": True}
-            torch.cuda.empty_cache()
-    fitting = [name for name in sides if "out_of_memory" not in measured[name]]
-    times: dict[str, list[float]] = {name: [] for name in fitting}
-    for _ in range(rounds):
-        for name in fitting:
-            times[name].append(timing.seconds(sides[name][0]))
-    for name in fitting:
-        measured[name]["ms_per_image"] = 1000 * statistics.median(times[name]) / sides[name][1]
-    return measured
-
-
-def _with_ratios(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How many times as long as ours a side takes for an image."""
+def _per_image(measured: dict[str, dict[str, Any]], images: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a step for an image, and how many times as long as ours a side takes."""
+    for name, figures in measured.items():
+        if "median_s" in figures:
+            figures["ms_per_image"] = 1000 * figures.pop("median_s") / images[name]
     ours = measured[timing.OURS]
     for name, figures in measured.items():
         if name != timing.OURS and {"ms_per_image"} <= ours.keys() & figures.keys():
@@ -97,10 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.text_tower_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--figures", type=Path, help="file to write the figures to")
     options = parser.parse_args(arguments)
-    figures = json.dumps(measure(torch.device("cuda")), indent=1)
-    print(figures)
-    if options.figures is not None:
-        options.figures.write_text(figures, encoding="utf-8")
+    report.write_figures(measure(torch.device("cuda")), options.figures)
     return 0
 
 

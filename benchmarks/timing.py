@@ -128,6 +128,26 @@ def seconds(contender: Contender) -> float:
     return time.perf_counter() - start
 
 
+def interleaved(sides: Mapping[str, Contender], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Median seconds and, on a GPU, peak memory of sides that run in turn; one that does not fit says so."""
+    measured: dict[str, dict[str, Any]] = {}
+    for name, side in sides.items():
+        try:
+            side()
+            measured[name] = {"peak_bytes": peak_bytes(side)} if device.type == "cuda" else {}
+        except torch.OutOfMemoryError:
+            measured[name] = {"out_of_memory": True}
+            torch.cuda.empty_cache()
+    fitting = {name: side for name, side in sides.items() if "out_of_memory" not in measured[name]}
+    times: dict[str, list[float]] = {name: [] for name in fitting}
+    for _ in range(rounds):
+        for name, side in fitting.items():
+            times[name].append(seconds(side))
+    for name in fitting:
+        measured[name]["median_s"] = statistics.median(times[name])
+    return measured
+
+
 def peak_bytes(contender: Contender) -> int:
     """Of device memory in one call, above what was held before."""
     synchronize()

@@ -7,8 +7,6 @@ measures the memory of a large contrastive batch. Both print their figures as JS
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, timing
+from benchmarks import baselines, report, timing
 from fastsds import DiffusionTeacher, SDSDistiller, SDSLoss
 from fastsds.ops.sds_loss import Jacobian
 
@@ -115,7 +113,7 @@ def measure_step(
             sides[f"U-Net alone, {name}"] = lambda piece=piece: unet_alone(
                 teacher.unet, noised, t, text, jacobian, piece
             )
-        figures[f"jacobian {jacobian}"] = _with_ratios(_interleaved(sides, rounds, device))
+        figures[f"jacobian {jacobian}"] = _with_ratios(timing.interleaved(sides, rounds, device))
     return figures
 
 
@@ -147,25 +145,6 @@ def measure_memory(
     }  # fmt: skip
 
 
-def _interleaved(sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    measured: dict[str, dict[str, Any]] = {}
-    for name, side in sides.items():
-        try:
-            side()
-            measured[name] = {"peak_bytes": timing.peak_bytes(side)} if device.type == "cuda" else {}
-        except torch.OutOfMemoryError:
-            measured[name] = {"out_of_memory": True}
-            torch.cuda.empty_cache()
-    fitting = {name: side for name, side in sides.items() if "out_of_memory" not in measured[name]}
-    times: dict[str, list[float]] = {name: [] for name in fitting}
-    for _ in range(rounds):
-        for name, side in fitting.items():
-            times[name].append(timing.seconds(side))
-    for name in fitting:
-        measured[name]["median_s"] = statistics.median(times[name])
-    return measured
-
-
 def _with_ratios(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """How many times as fast as the other side ours is, and its share outside the U-Net."""
     for name, figures in measured.items():
@@ -184,10 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--figures", type=Path, help="file to write the figures to")
     options = parser.parse_args(arguments)
     measure = {"step": measure_step, "memory": measure_memory}[options.what]
-    figures = json.dumps(measure(torch.device("cuda")), indent=1)
-    print(figures)
-    if options.figures is not None:
-        options.figures.write_text(figures, encoding="utf-8")
+    report.write_figures(measure(torch.device("cuda")), options.figures)
     return 0
 
 

@@ -14,7 +14,7 @@ import open_clip
 import pytest
 import torch
 
-from benchmarks import unet, verify_gpu
+from benchmarks import timing, unet, verify_gpu
 from benchmarks.verify_gpu import Step, missing_wheels, plan, run_steps
 from fastsds.toyworld import models
 
@@ -106,7 +106,7 @@ def test_a_side_that_does_not_fit_says_so() -> None:
         raise torch.OutOfMemoryError
 
     sides = {unet.EAGER: full, "fastsds, whole": lambda: None, "U-Net alone, whole": lambda: None}
-    measured = unet._with_ratios(unet._interleaved(sides, 1, torch.device("cpu")))
+    measured = unet._with_ratios(timing.interleaved(sides, 1, torch.device("cpu")))
     assert measured[unet.EAGER] == {"out_of_memory": True}
     assert measured["fastsds, whole"].keys() == {"median_s", "share_outside_unet"}
 
