@@ -105,7 +105,7 @@ class FewShotSplit:
             for folder in _subfolders(root / part):
                 if folder.name not in labels:
                     raise DataError(f"root: {folder} is a class that {root / 'train'} has not")
-                images = image_files(folder, "*")
+                images = image_files(folder, subfolders=False)
                 if not images:
                     raise DataError(f"root: expected images in {folder}, got none")
                 items += [

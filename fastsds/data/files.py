@@ -25,7 +25,7 @@ def read_json(path: Path) -> Any:
         DataError: it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"path: could not read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -92,14 +93,25 @@ def image_key(image: ImageSource) -> str:
     return hashlib.blake2b(content, digest_size=20).hexdigest()
 
 
-def image_files(folder: Path, pattern: str = "**/*") -> list[Path]:
-    """The image files below a folder, sorted; without the hidden ones that notebooks and macOS leave there."""
-    return sorted(
-        path
-        for path in folder.glob(pattern)
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def image_files(folder: Path, *, subfolders: bool = True) -> list[Path]:
+    """The image files of a folder, sorted; without the hidden ones that notebooks and macOS leave there.
+
+    A linked folder counts as one in its place, where it was not met before.
+    """
+    found: list[Path] = []
+    met: set[str] = set()
+    for place, inner, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in met:
+            inner.clear()
+            continue
+        met.add(real)
+        inner[:] = sorted(name for name in inner if subfolders and not name.startswith("."))
+        found += [Path(place, name) for name in files if _is_image(name)]
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

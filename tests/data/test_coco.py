@@ -127,3 +127,9 @@ def test_annotations_are_found_from_their_own_folder(
     expected = colours(load(coco, captions_per_image="all"))
     monkeypatch.chdir(coco.parent)
     assert colours(load(Path(coco.name), captions_per_image="all")) == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_the_document(coco: Path, load: Any, colours: Any) -> None:
+    expected = colours(load(coco, captions_per_image="all"))
+    coco.write_text(coco.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert colours(load(coco, captions_per_image="all")) == expected

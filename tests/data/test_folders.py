@@ -111,3 +111,14 @@ def test_metadata_may_hold_any_character_and_blank_lines(folder: Path, load: Any
 def test_texts_may_begin_with_a_byte_order_mark(folder: Path, load: Any) -> None:
     (folder / "one.txt").write_text("picture 1", encoding="utf-8-sig")
     assert list(load(folder).captions) == ["picture 2", "picture 1"]
+
+
+def test_linked_folders_and_files_are_read_once_in_their_place(
+    folder: Path, load: Any, pictures: Any, tmp_path: Path
+) -> None:
+    pictures.save(tmp_path / "elsewhere" / "a" / "three.png", 3).with_suffix(".txt").write_text("picture 3")
+    (folder / "c").symlink_to(tmp_path / "elsewhere")
+    (folder / "c" / "a" / "loop").symlink_to(folder)
+    (folder / "d.png").symlink_to(folder / "one.PNG")
+    (folder / "d.txt").symlink_to(folder / "one.txt")
+    assert list(load(folder).captions) == ["picture 2", "picture 3", "picture 1", "picture 1"]
