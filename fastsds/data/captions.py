@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch.utils.data import Dataset
 from fastsds.data.bad_images import BadImages
 from fastsds.data.files import DataError
 from fastsds.data.images import ImageSource, image_key, open_image
-from fastsds.data.tables import read_csv
 from fastsds.sdsclip.ranking import CONNECTIVES, swap_phrases
 
 __all__ = ["CaptionDataset", "DataError", "Preprocess", "Tokenizer", "collate_captions", "open_image"]
@@ -65,31 +63,6 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         for name, column in columns.items():
             if column is not None and len(column) != len(images):
                 raise DataError(f"{name}: expected one for each of {len(images)} images, got {len(column)}")
-
-    @classmethod
-    def from_csv(
-        cls,
-        path: str | Path,
-        preprocess: Preprocess,
-        tokenizer: Tokenizer,
-        *,
-        image_column: str = "filepath",
-        caption_column: str = "title",
-        separator: str = "\t",
-        root: str | Path | None = None,
-    ) -> CaptionDataset:
-        """Reads open_clip's CSV format: a header, then an image path and a caption per line.
-
-        Args:
-            root: folder that relative image paths start from; that of the file by default.
-
-        Raises:
-            DataError: a file that is missing or not UTF-8, an unknown column (the message lists those there are), no
-                rows, or a row with too few columns.
-        """
-        folder = None if root is None else Path(root)
-        images, captions = read_csv(Path(path), image_column, caption_column, separator, folder)
-        return cls(images, [caption for (caption,) in captions], preprocess, tokenizer)
 
     def with_swapped_candidates(self, connectives: Sequence[str] = CONNECTIVES) -> CaptionDataset:
         """The same data with two candidates for teacher ranking: the caption, and with its phrases exchanged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class CaptionSource:
     """`title` in csv, `caption` in webdataset's json, `text` in a folder's metadata, huggingface's first of `caption`,
     `text`, `captions` and `sentences` unless named here."""
     separator: str | None = None
-    """Of a CSV file's columns; by default a tab where the header has one, else a comma."""
+    """Of a CSV file's columns, a character or `\\t`; by default a tab where the header has one, else a comma."""
     split: str = "train"
     """Of a Hugging Face data set."""
     captions_per_image: Literal["one", "all"] = "one"
@@ -100,7 +101,7 @@ class CaptionSource:
 
     def _read(self, progress: bool) -> Pairs:
         kind = detect_format(self.path) if self.format == "auto" else self.format
-        path, text = Path(self.path).expanduser(), str(self.path)
+        path, text = Path(self.path).expanduser(), os.path.expanduser(self.path)  # a pattern may begin with ~ as well
         named = {"image_column": self.image_column, "caption_column": self.caption_column}
         columns: dict[str, Any] = {name: column for name, column in named.items() if column is not None}
         if kind == "csv":

@@ -13,19 +13,23 @@ def read_csv(
     path: Path,
     image_column: str = "filepath",
     caption_column: str = "title",
-    separator: str | None = "\t",
+    separator: str | None = None,
     root: Path | None = None,
 ) -> Pairs:
-    """Reads image paths and captions.
+    r"""Reads image paths and captions.
 
     Args:
-        separator: of the columns; None takes a tab where the header has one, else a comma.
+        separator: of the columns, a character or `\t`; None takes a tab where the header has one, else a comma.
         root: folder that relative image paths start from; that of the file by default.
 
     Raises:
-        DataError: a file that is missing or not UTF-8, an unknown column (the message lists those there are), no
-            rows, a row with too few columns or too many, or a quote that is not closed.
+        DataError: a file that is missing or not UTF-8, another separator, an unknown column (the message lists those
+            there are), no rows, a row with too few columns or too many, or a quote that is not closed.
     """
+    if separator == r"\t":  # as a shell leaves it
+        separator = "\t"
+    if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+        raise DataError(f"separator: expected one character, neither a quote nor a line's end, got {separator!r}")
     folder = path.parent if root is None else root
     reader = None
     try:

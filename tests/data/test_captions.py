@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -22,107 +21,6 @@ def _preprocess(image: Image.Image) -> Tensor:
 
 def _tokenizer(captions: list[str]) -> Tensor:
     return torch.tensor([[len(caption), ord(caption[0])] for caption in captions])
-
-
-def _write_csv(
-    path: Path, rows: list[list[str]], header: tuple[str, ...] = ("filepath", "title"), **options: Any
-) -> Path:
-    with path.open("w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
-        csv.writer(file, **{"delimiter": "\t", **options}).writerows([header, *rows])
-    return path
-
-
-def _read(path: Path, **options: Any) -> CaptionDataset:
-    return CaptionDataset.from_csv(path, _preprocess, _tokenizer, **options)
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (5, 4), (200, 10, 30)).save(tmp_path / "images" / "red.png")
-    Image.new("RGB", (16, 16), (0, 0, 255)).save(tmp_path / "images" / "blue.jpg", quality=95)
-    return _write_csv(tmp_path / "pairs.csv", [["images/red.png", "a red one"], ["images/blue.jpg", "the blue, “one”"]])
-
-
-def test_pairs_come_in_the_files_order(pairs: Path) -> None:
-    dataset = _read(pairs)
-    assert len(dataset) == 2
-    first, second = dataset[0], dataset[1]
-    assert first["images"].tolist() == [200, 10, 30]
-    assert (second["images"] - torch.tensor([0, 0, 255])).abs().max() <= 3  # JPEG
-    assert [first["captions"], second["captions"]] == ["a red one", "the blue, “one”"]
-    assert first["tokens"].tolist() == [9, ord("a")] and second["tokens"].tolist() == [15, ord("t")]
-
-
-def test_relative_paths_start_from_the_root_and_absolute_ones_stand(pairs: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "lists"
-    elsewhere.mkdir()
-    absolute = str(tmp_path / "images" / "red.png")
-    path = _write_csv(elsewhere / "pairs.csv", [["red.png", "one"], [absolute, "two"]])
-    dataset = _read(path, root=tmp_path / "images")
-    assert dataset[0]["images"].tolist() == dataset[1]["images"].tolist() == [200, 10, 30]
-    with pytest.raises(DataError, match=r"lists.red\.png does not exist; check the data file's paths and its root"):
-        _read(path)[0]
-
-
-def test_columns_and_separator_can_be_named(pairs: Path, tmp_path: Path) -> None:
-    rows = [["0", "a red one, large", "images/red.png"]]
-    path = _write_csv(tmp_path / "other.csv", rows, header=("id", "text", "file"), delimiter=",")
-    row = _read(path, image_column="file", caption_column="text", separator=",")[0]
-    assert row["captions"] == "a red one, large" and row["images"].tolist() == [200, 10, 30]
-
-
-def test_byte_order_mark_is_no_part_of_the_first_column(pairs: Path, tmp_path: Path) -> None:
-    path = _write_csv(tmp_path / "bom.csv", [["images/red.png", "one"]], encoding="utf-8-sig")
-    assert _read(path)[0]["captions"] == "one"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"caption_column": "text"},
-            r"caption_column: .*pairs\.csv has no column 'text'; it has \['filepath', 'title'\]",
-        ),
-        ({"image_column": "file"}, r"image_column: .*pairs\.csv has no column 'file'; it has \['filepath', 'title'\]"),
-        ({"separator": ","}, r"no column 'filepath'; it has \['filepath\\ttitle'\] when split at ','"),
-    ],
-)
-def test_unknown_column_or_separator_lists_what_there_is(pairs: Path, options: dict[str, str], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        _read(pairs, **options)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", r"no column 'filepath'; it has \[\]"),
-        (b"filepath\ttitle\n", r"path: expected rows below the header of .*file\.csv, got none"),
-        (b"filepath\ttitle\na.png\tone\nb.png\n", r"path: row 2 below the header of .*file\.csv has fewer columns"),
-        (
-            b"filepath\ttitle\na.png\tone\nb.png\ttwo\tthree\n",
-            r"path: row 2 below the header of .*file\.csv has more columns than \['filepath', 'title'\]; a text w",
-        ),
-        (
-            b'filepath\ttitle\na.png\tone\nb.png\t"The Scream\nc.png\tthree\n',
-            r"path: line 4 of .*file\.csv is wrongly quoted \(unexpected end of data\); a text that begins",
-        ),
-        (b'filepath\ttitle\na.png\t"One" more\n', r"path: line 2 of .*file\.csv is wrongly quoted \(.* expected after"),
-        ("filepath\ttitle\na.png\tcafé\n".encode("latin-1"), r"path: .*file\.csv is not a UTF-8 text file"),
-    ],
-)
-def test_unusable_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "file.csv"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        _read(path)
-
-
-def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"path: could not read .*absent\.csv: No such file"):
-        _read(tmp_path / "absent.csv")
-    with pytest.raises(DataError, match=r"path: could not read .*: Is a directory"):
-        _read(tmp_path)
 
 
 def _dataset(images: list[Any], **options: Any) -> CaptionDataset:

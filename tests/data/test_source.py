@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,7 @@ def test_the_home_folder_may_be_abbreviated(
     monkeypatch.setenv("HOME", str(tmp_path))
     pictures.save(tmp_path / "set" / "a.png", 1).with_suffix(".txt").write_text("one", encoding="utf-8")
     assert colours(load("~/set")) == [(pictures.colour(1), "one")]
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for path in (tmp_path / "set").iterdir():
+            shard.add(path, path.name)
+    assert colours(load("~/{0..0}.tar")) == [(pictures.colour(1), "one")]
