@@ -42,9 +42,9 @@ class CaptionSource:
     split: str = "train"
     """Of a Hugging Face data set."""
     captions_per_image: Literal["one", "all"] = "one"
-    """Of images with several (coco, huggingface): `one`, drawn anew every epoch, so that an epoch is a pass over the
-    images (COCO's 118k) and no batch holds an image twice; `all` makes a row of each, as open_clip's CSV of COCO does.
-    """
+    """Of images with several (coco, huggingface, webdataset's json): `one`, drawn anew every epoch, so that an epoch is
+    a pass over the images (COCO's 118k) and no batch holds an image twice; `all` makes a row of each, as open_clip's
+    CSV of COCO does."""
     max_bad_share: float = 0.01
     """Share of the rows whose image may be unreadable before the run stops; above 0, one row always may be."""
 

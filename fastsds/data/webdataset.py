@@ -66,8 +66,8 @@ class ShardImages(Sequence[ShardImage]):
 def read_webdataset(pattern: str, caption_key: str = "caption", *, progress: bool = True) -> Pairs:
     """Indexes shards.
 
-    A sample is what shares a name up to its first dot: an image, and a caption in `.txt`, or in `.json` below
-    `caption_key`. Samples that lack either are left out, as open_clip leaves them.
+    A sample is what shares a name up to its first dot: an image, and a caption in `.txt`, or one or a list of them in
+    `.json` below `caption_key`. Samples that lack either are left out, as open_clip leaves them.
 
     Args:
         pattern: a shard, a folder of them, or several by braces (`{000..009}`, `{a,b}`) and wildcards.
@@ -77,11 +77,11 @@ def read_webdataset(pattern: str, caption_key: str = "caption", *, progress: boo
     """
     shards = expand_shards(pattern)
     images = ShardImages(shards)
-    captions: list[tuple[str]] = []
+    captions: list[Sequence[str]] = []
     for number, shard in enumerate(tqdm(shards, unit="shard", desc="index", disable=not progress or len(shards) < 2)):
-        for member, caption in _read_shard(shard, caption_key):
+        for member, texts in _read_shard(shard, caption_key):
             images.append(number, member)
-            captions.append((caption,))
+            captions.append(texts)
     if not captions:
         raise DataError(
             f"path: expected images with captions (.txt, or {caption_key!r} in .json) in {pattern}, got none"
@@ -121,9 +121,9 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         yield from _expand_braces(pattern[: braces.start()] + choice + pattern[braces.end() :])
 
 
-def _read_shard(path: Path, caption_key: str) -> Iterator[tuple[TarMember, str]]:
+def _read_shard(path: Path, caption_key: str) -> Iterator[tuple[TarMember, tuple[str, ...]]]:
     images: dict[str, TarMember] = {}
-    captions: dict[str, str] = {}
+    captions: dict[str, tuple[str, ...]] = {}
     try:
         with path.open("rb") as shard:
             for member in tar_members(shard, path):
@@ -132,9 +132,9 @@ def _read_shard(path: Path, caption_key: str) -> Iterator[tuple[TarMember, str]]
                     images.setdefault(name, member)
                 elif suffix == ".txt" or (suffix == ".json" and name not in captions):
                     shard.seek(member.offset)
-                    caption = _caption(f"{path}:{member.name}", shard.read(member.size), suffix, caption_key)
-                    if caption:
-                        captions[name] = caption
+                    texts = _captions(f"{path}:{member.name}", shard.read(member.size), suffix, caption_key)
+                    if texts:
+                        captions[name] = texts
     except OSError as error:
         raise DataError(f"path: could not read {path}: {error.strerror}") from error
     for name, member in images.items():
@@ -149,11 +149,12 @@ def _split(member: str) -> tuple[str, str]:
     return f"{folder}/{stem}", f".{suffix.lower()}"
 
 
-def _caption(name: str, content: bytes, suffix: str, caption_key: str) -> str:
+def _captions(name: str, content: bytes, suffix: str, caption_key: str) -> tuple[str, ...]:
     """Empty where there is none."""
     try:
         document = {caption_key: content.decode("utf-8-sig")} if suffix == ".txt" else json.loads(content)
     except ValueError as error:
         raise DataError(f"path: {name} cannot be read as a caption: {error}") from error
-    caption = document.get(caption_key) if isinstance(document, dict) else None
-    return caption.strip() if isinstance(caption, str) else ""
+    found = document.get(caption_key) if isinstance(document, dict) else None
+    texts = found if isinstance(found, list) else [found]
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())

@@ -71,6 +71,21 @@ def test_samples_without_image_or_caption_are_left_out(tmp_path: Path, load: Any
     assert colours(load(_write(tmp_path / "a.tar", members))) == [(pictures.colour(2), "two")]
 
 
+def test_a_sample_may_have_several_captions(tmp_path: Path, load: Any, colours: Any, pictures: Any) -> None:
+    members = {
+        "./0.png": pictures.encoded(0),
+        "./0.json": json.dumps({"captions": ["first ", None, "", "second"]}).encode(),
+        "./1.png": pictures.encoded(1),
+        "./1.json": json.dumps({"captions": "only"}).encode(),
+        "./2.png": pictures.encoded(2),
+        "./2.json": json.dumps({"captions": []}).encode(),
+    }
+    path = _write(tmp_path / "a.tar", members)
+    expected = [(pictures.colour(0), "first"), (pictures.colour(0), "second"), (pictures.colour(1), "only")]
+    assert colours(load(path, caption_column="captions", captions_per_image="all")) == expected
+    assert len(load(path, caption_column="captions")) == 2
+
+
 def test_workers_read_the_same_as_one_process(shards: Path, load: Any) -> None:
     dataset = load(shards)
     batches = [
