@@ -22,7 +22,13 @@ from fastsds.evaluation.outcomes import Figure, Outcomes, read_outcomes
 from fastsds.evaluation.retrieval import CaptionedImages, read_captioned_images, retrieval_outcomes
 from fastsds.evaluation.shuffles import write_shuffles
 from fastsds.evaluation.similarity import encode_captions, encode_images
-from fastsds.evaluation.statistics import bootstrap_interval, exact_mcnemar, summarise, wilson_interval
+from fastsds.evaluation.statistics import (
+    bootstrap_interval,
+    exact_mcnemar,
+    share_interval,
+    summarise,
+    wilson_interval,
+)
 from fastsds.evaluation.sugarcrepe import read_sugarcrepe
 from fastsds.evaluation.tables import comparison_table, results_table, write_results
 from fastsds.evaluation.winoground import WinogroundScores, read_winoground, winoground_scores, winoground_similarity
@@ -66,6 +72,7 @@ __all__ = [
     "read_winoground",
     "results_table",
     "retrieval_outcomes",
+    "share_interval",
     "summarise",
     "summarise_base_to_novel",
     "two_by_two_outcomes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def summarise(values: Sequence[float], samples: int) -> dict[str, Any]:
     return {"mean": mean, "low": low, "high": high, "values": list(values)}
 
 
-def wilson_interval(share: float, samples: int) -> tuple[float, float]:
+def wilson_interval(share: float, samples: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `samples` independent trials."""
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
@@ -56,6 +57,25 @@ def _t_quantile(freedom: int) -> float:
     return _Z + first / freedom + second / freedom**2
 
 
+def share_interval(
+    hits: Sequence[float], groups: Sequence[str] | None = None, units: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """95 % interval of a share: `bootstrap_interval`, or Wilson's where that is a point, as where all are right.
+
+    Wilson's is then of the effective number of trials (Kish, 1965): `1 / sum(weight^2)` over the units, whose weights
+    in the mean sum to 1; without groups and units that is the number of hits.
+    """
+    low, high = bootstrap_interval(hits, groups, units)
+    if high - low > 1e-9:
+        return low, high
+    group_of: Sequence[str] = [""] * len(hits) if groups is None else groups
+    unit_of: Sequence[object] = range(len(hits)) if units is None else units
+    sizes, weights = Counter(group_of), dict[object, float]()
+    for group, unit in zip(group_of, unit_of, strict=True):
+        weights[unit] = weights.get(unit, 0.0) + 1 / (len(sizes) * sizes[group])
+    return wilson_interval(low, max(1.0, 1 / math.fsum(weight**2 for weight in weights.values())))
+
+
 def bootstrap_interval(
     values: Sequence[float],
     groups: Sequence[str] | None = None,
@@ -67,8 +87,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean (Efron, 1979).
 
-    It knows no more than the values: where they are all alike it is a point, and a group of one sample or unit adds
-    nothing to its width.
+    It knows no more than the values: where they are all alike it is a point (`share_interval` is not), and a group of
+    one sample or unit adds nothing to its width.
 
     Args:
         values: one per sample: hits, or differences of two models' hits.

@@ -11,12 +11,12 @@ from typing import Any
 
 from fastsds.evaluation.compare import Comparison
 from fastsds.evaluation.outcomes import OUTCOMES_FILE, Outcomes
-from fastsds.evaluation.statistics import bootstrap_interval
+from fastsds.evaluation.statistics import share_interval
 from fastsds.training.checkpoint import atomic_folder
 
 _RESULT_NAMES = {"results.md", "results.json", "results.csv", "comparison.csv", OUTCOMES_FILE}
 _INTERVALS = (
-    "Intervals: percentile bootstrap, within groups for macro. Samples of one image, or of one Winoground example, "
+    "Intervals: percentile bootstrap, within groups for macro; samples of one image, or of one Winoground example, "
     "are drawn and tested together."
 )
 Row = dict[str, Any]
@@ -76,13 +76,13 @@ def write_results(
 
 
 def result_rows(outcomes: Outcomes) -> list[Row]:
-    """A row per figure: samples, micro and macro means with 95 % bootstrap intervals, groups, chance; in [0, 1]."""
+    """A row per figure: samples, micro and macro means with 95 % intervals, groups, chance; in [0, 1]."""
     rows: list[Row] = []
     for name, figure in outcomes.figures.items():
-        low, high = bootstrap_interval(figure.hits, None, figure.units)
+        low, high = share_interval(figure.hits, None, figure.units)
         macro_low = macro_high = None
         if figure.groups is not None:
-            macro_low, macro_high = bootstrap_interval(figure.hits, figure.groups, figure.units)
+            macro_low, macro_high = share_interval(figure.hits, figure.groups, figure.units)
         rows.append({
             "figure": name, "samples": len(figure.hits), "micro": figure.micro, "low": low, "high": high,
             "macro": figure.macro, "macro_low": macro_low, "macro_high": macro_high,
@@ -124,7 +124,7 @@ def results_table(outcomes: Outcomes) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    return _markdown(header, body) + f"\n{_INTERVALS}\n"
+    return _markdown(header, body) + f"\n{_INTERVALS} Where that is a point, as where all are right: Wilson's.\n"
 
 
 def comparison_table(comparison: Comparison) -> str:

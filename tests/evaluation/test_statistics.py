@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastsds.evaluation import bootstrap_interval, exact_mcnemar, summarise, wilson_interval
+from fastsds.evaluation import bootstrap_interval, exact_mcnemar, share_interval, summarise, wilson_interval
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 11, 12, 13, 20, 40])
@@ -122,6 +122,29 @@ def test_units_of_unequal_size_weigh_by_their_samples() -> None:
     low, high = bootstrap_interval([1.0, 1.0, 1.0, 0.0], None, ["a", "a", "a", "b"], confidence=0.4)
     assert (low, high) == (0.75, 0.75)  # of the four equally likely draws two have both units
     assert bootstrap_interval([1.0, 1.0, 1.0, 0.0], None, ["a", "a", "a", "b"], confidence=0.99) == (0, 1)
+
+
+@pytest.mark.parametrize("hit", [0, 1])
+def test_samples_that_are_all_alike_have_wilsons_interval(hit: int) -> None:
+    expected = stats.binomtest(40 * hit, 40).proportion_ci(method="wilson")
+    assert share_interval([float(hit)] * 40) == pytest.approx((expected.low, expected.high), abs=1e-7)
+    units = [f"image {row % 10}" for row in range(40)]
+    assert share_interval([float(hit)] * 40, None, units) == pytest.approx(wilson_interval(hit, 10))
+
+
+def test_groups_that_are_all_right_count_by_their_weight() -> None:
+    """The mean of two groups' means, of 2 and 6 samples, varies as that of 6 samples: (p q / 2 + p q / 6) / 4."""
+    groups = ["a"] * 2 + ["b"] * 6
+    assert share_interval([1.0] * 8, groups) == pytest.approx(wilson_interval(1, 6))
+    assert share_interval([1.0] * 49, [str(row) for row in range(49)], ["one"] * 49) == pytest.approx(
+        wilson_interval(1, 1)
+    )
+
+
+def test_other_shares_have_the_bootstraps_interval() -> None:
+    hits, groups, units = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0], ["a"] * 4 + ["b"] * 2, ["u", "u", "v", "w", "x", "y"]
+    assert share_interval(hits) == bootstrap_interval(hits)
+    assert share_interval(hits, groups, units) == bootstrap_interval(hits, groups, units)
 
 
 def test_bootstrap_follows_its_seed_and_confidence() -> None:

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from fastsds.evaluation import Figure, Outcomes, bootstrap_interval, compare, read_outcomes, tables, write_results
+from fastsds.evaluation import (
+    Figure,
+    Outcomes,
+    bootstrap_interval,
+    compare,
+    read_outcomes,
+    tables,
+    wilson_interval,
+    write_results,
+)
 
 
 @pytest.fixture
@@ -85,6 +94,14 @@ def test_a_comparison_is_written_beside(tmp_path: Path, before: Outcomes, after:
 def test_a_column_of_macro_appears_only_where_there_are_groups(before: Outcomes) -> None:
     table = tables.results_table(Outcomes("toy", {"text": before.figures["text"]}))
     assert _cells(table)[0] == ["figure", "%", "95 % interval", "chance %", "n"]
+
+
+def test_a_figure_without_a_mistake_has_an_interval_with_a_width() -> None:
+    figure = Figure((1.0,) * 20, tuple(map(str, range(20))), ("a", "b") * 10)
+    table = tables.results_table(Outcomes("toy", {"accuracy": figure}))
+    low, high = wilson_interval(1.0, 20)
+    assert [_cells(table)[2][at] for at in (2, 4)] == [f"{100 * low:.1f} to {100 * high:.1f}"] * 2
+    assert table.endswith(" Where that is a point, as where all are right: Wilson's.\n")
 
 
 def test_names_cannot_break_the_table() -> None:
