@@ -86,9 +86,7 @@ def groups_of(examples: Sequence[CaptionChoice] | Sequence[TwoByTwo]) -> tuple[s
 def units_of(examples: Sequence[CaptionChoice]) -> tuple[str, ...] | None:
     """For each example the key of the first one that has its image, or None where every image comes once."""
     first: dict[object, str] = {}
-    images = (str(example.image) if isinstance(example.image, Path) else example.image for example in examples)
-    names = (image if isinstance(image, str) else id(image) for image in images)
-    units = tuple(first.setdefault(name, example.key) for name, example in zip(names, examples, strict=True))
+    units = tuple(first.setdefault(_identity(example.image), example.key) for example in examples)
     return units if len(first) < len(units) else None
 
 
@@ -128,6 +126,17 @@ class Pictures(Sequence[Image.Image]):
         if isinstance(index, slice):
             return [_open(*source) for source in self._sources[index]]
         return _open(*self._sources[index])
+
+    def distinct(self) -> tuple[list[int], list[int]]:
+        """Positions of the images that differ in source or box, and which of these every image is."""
+        keys = [(_identity(image), box) for image, box in self._sources]
+        last = {key: at for at, key in enumerate(keys)}
+        number = {key: number for number, key in enumerate(last)}
+        return list(last.values()), [number[key] for key in keys]
+
+
+def _identity(image: ImageSource) -> object:
+    return str(image) if isinstance(image, (str, Path)) else id(image)
 
 
 def _open(image: ImageSource, box: Box | None = None) -> Image.Image:

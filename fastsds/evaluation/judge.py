@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from fastsds.data.loader import leave_signals
@@ -35,7 +35,8 @@ class Judge(Protocol):
 
 
 class ClipJudge:
-    """Cosine similarity in float32. Images are read by worker processes; a caption that comes twice is encoded once.
+    """Cosine similarity in float32. Images are read by worker processes; an image or caption that several examples have
+    is encoded once.
 
     Args:
         clip: an open_clip model, in eval mode.
@@ -78,7 +79,11 @@ class ClipJudge:
 
     def encode_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "images width"]:
         """Unit-length embeddings, float32, on the model's device."""
-        return self.encode_dataset(_Preprocessed(images, self.preprocess))[0]
+        dataset = _Preprocessed(images, self.preprocess)
+        if not isinstance(images, Pictures):
+            return self.encode_dataset(dataset)[0]
+        distinct, which = images.distinct()
+        return self.encode_dataset(Subset(dataset, distinct))[0][which]
 
     def encode_captions(self, captions: Sequence[str]) -> Float[Tensor, "captions width"]:
         """Unit-length embeddings, float32, on the model's device."""

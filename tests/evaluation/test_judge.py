@@ -140,6 +140,17 @@ def test_a_caption_is_encoded_once_and_everything_in_batches(colour_judge: Make)
     assert judge.clip.encoded_images == [2, 2, 1]
 
 
+def test_an_image_is_read_and_encoded_once(colour_judge: Make, tmp_path: Path, paint: Any) -> None:
+    """Five captions of each image in turn, as in COCO-Order; other boxes are other images."""
+    red, halves = paint(tmp_path / "red.png", "red"), paint(tmp_path / "halves.png", "green", "blue")
+    examples = [CaptionChoice(f"red {row}", red, (RED, GREEN), int(row > 2)) for row in range(5)]
+    for side, box in (("left", (0, 0, 4, 6)), ("right", (4, 0, 8, 6))):
+        examples += [CaptionChoice(f"{side} {row}", halves, (BLUE, GREEN), 1, box=box) for row in range(2)]
+    judge = colour_judge()
+    assert _hits(judge, examples[::2] + examples[1::2]) == [1, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert judge.clip.encoded_images == [3]
+
+
 def test_worker_processes_change_nothing_but_who_reads(colour_judge: Make, tmp_path: Path, paint: Any) -> None:
     colours = ["red", "green", "blue", "yellow", "red"]
     paths = [paint(tmp_path / f"{row}.png", colour) for row, colour in enumerate(colours)]
