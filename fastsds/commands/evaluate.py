@@ -137,7 +137,8 @@ class ZeroShotEvaluation(Evaluation):
     torchvision: str | None = None
     """A data set by torchvision's name, such as CIFAR10, that lies in `data`; nothing is downloaded."""
     classnames: Path | str | None = None
-    """imagenet, or a text or JSON file; the folders' or torchvision's own names by default."""
+    """imagenet, or a text or JSON file; the folders' or torchvision's own names by default. Classes of one name, as two
+    pairs of imagenet's are, count as one."""
     templates: Path | str = "photo"
     """photo (a photo of a {}.), simple (CLIP's 7), openai (CLIP's 80), or a text or JSON file."""
 

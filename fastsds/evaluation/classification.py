@@ -25,7 +25,7 @@ class ClassifiedImages:
     """Images, each of one class.
 
     Raises:
-        DataError: no images, fewer than two classes, or a class without a name.
+        DataError: no images, fewer than two classes of different names, or a class without a name.
     """
 
     images: Sequence[tuple[ImageSource, int]]
@@ -34,7 +34,7 @@ class ClassifiedImages:
     classnames: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.keys or len(self.classnames) < 2 or not all(name.strip() for name in self.classnames):
+        if not self.keys or len(set(self.classnames)) < 2 or not all(name.strip() for name in self.classnames):
             raise DataError(
                 f"images: expected at least one, of at least two named classes, got {len(self.keys)} of "
                 f"{len(self.classnames)}: {first_names(self.classnames)}"

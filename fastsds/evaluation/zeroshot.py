@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ def zero_shot_accuracy(
 ) -> float:
     """Share of images whose class is the single most similar one, in [0, 1]; a tie is wrong.
 
-    A class is the normalised mean of its prompts' embeddings, `{}` standing for the class name.
+    A class is the normalised mean of its prompts' embeddings, `{}` standing for the class name. Classes of one name are
+    one class.
 
     Raises:
         ValueError: a template without `{}`, or labels that are not positions in `classnames`.
@@ -37,7 +39,8 @@ def zero_shot_accuracy(
     if len(labels) != len(images) or not bool(((labels >= 0) & (labels < len(classnames))).all()):
         span = f" from {int(labels.min())} to {int(labels.max())}" if len(labels) else ""
         raise ValueError(f"labels: expected {len(images)} positions below {len(classnames)}, got {len(labels)}{span}")
-    classes = class_embeddings(lambda prompts: encode_captions(clip, tokenizer, prompts), classnames, templates)
+    names, labels = _by_name(classnames, labels)
+    classes = class_embeddings(lambda prompts: encode_captions(clip, tokenizer, prompts), names, templates)
     return strict_hits(similarity(encode_images(clip, images), classes), labels).double().mean().item()
 
 
@@ -46,24 +49,27 @@ def zero_shot_outcomes(
 ) -> Outcomes:
     """`accuracy`: the image's class is the single most similar one; macro is over the classes.
 
+    Classes of one name are one class: their prompts are the same, and would always tie. Of open_clip's names for
+    ImageNet, `missile` and `sunglasses` come twice.
+
     Raises:
         ValueError: a template without `{}`, labels that are not positions in the class names, or similarities that are
             not finite.
         DataError: an image that cannot be read.
     """
-    classes = class_embeddings(judge.encode_captions, data.classnames, templates)
     features, labels = judge.encode_dataset(_Labelled(data.images, judge.preprocess))
     assert labels is not None
-    logits = similarity(features, classes)
-    if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
+    if not bool(((labels >= 0) & (labels < len(data.classnames))).all()):
         raise ValueError(
-            f"images: expected labels below {logits.shape[1]}, got {int(labels.min())} to {int(labels.max())}"
+            f"images: expected labels below {len(data.classnames)}, got {int(labels.min())} to {int(labels.max())}"
         )
+    names, of_name = _by_name(data.classnames, labels)
+    logits = similarity(features, class_embeddings(judge.encode_captions, names, templates))
     if not bool(logits.isfinite().all()):
         raise ValueError("images: expected finite similarities")
-    hits = tuple(strict_hits(logits, labels).double().tolist())
-    groups = tuple(data.classnames[label] for label in labels.tolist())
-    return Outcomes(benchmark, {"accuracy": Figure(hits, data.keys, groups, 1 / len(data.classnames))})
+    hits = tuple(strict_hits(logits, of_name).double().tolist())
+    groups = tuple(names[number] for number in of_name.tolist())
+    return Outcomes(benchmark, {"accuracy": Figure(hits, data.keys, groups, 1 / len(names))})
 
 
 def class_embeddings(
@@ -87,6 +93,12 @@ def check_templates(templates: Sequence[str]) -> None:
             raise ValueError(f"templates: expected each to hold {{}} for the class name, got {template!r}")
     if not templates:
         raise ValueError("templates: expected at least one, got none")
+
+
+def _by_name(classnames: Sequence[str], labels: Int[Tensor, "images"]) -> tuple[list[str], Int[Tensor, "images"]]:
+    """The distinct names, and the labels as positions among these."""
+    position = {name: number for number, name in enumerate(dict.fromkeys(classnames))}
+    return list(position), torch.tensor([position[name] for name in classnames])[labels.cpu()]
 
 
 class _Labelled(Dataset[dict[str, Any]]):

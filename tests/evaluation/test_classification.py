@@ -51,11 +51,6 @@ def test_folders_names_are_the_classes_by_default(tmp_path: Path, paint: Any) ->
     assert (data.classnames, data.keys) == (("cat", "polar bear"), ("cat/a.jpg", "polar_bear/a.jpg"))
 
 
-def test_classes_of_one_name_tie(folders: Path, colour_judge: Any) -> None:
-    data = read_class_folders(folders, ("red", "green", "red"))
-    assert zero_shot_outcomes(colour_judge(), data, TEMPLATES).figures["accuracy"].hits == (0, 0, 1, 0, 0, 0)
-
-
 def test_wrong_folders_are_named(folders: Path, tmp_path: Path, colour_judge: Any) -> None:
     with pytest.raises(DataError, match=r"root: could not read .*nowhere: No such file"):
         read_class_folders(tmp_path / "nowhere")

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
+from fastsds.data import DataError
 from fastsds.evaluation import ClassifiedImages, ClipJudge, zero_shot_accuracy, zero_shot_outcomes
 
 TABLE = {
@@ -104,6 +105,21 @@ def test_outcomes_average_to_the_accuracy(clip: Any, clip_tokenizer: Any) -> Non
     expected = zero_shot_accuracy(clip, clip_tokenizer, images, labels, names, templates)
     assert found.figures["accuracy"].micro == pytest.approx(expected)
     assert 0 < expected < 1
+
+
+def test_classes_of_one_name_are_one(colour_judge: Any) -> None:
+    """Of open_clip's names for ImageNet two come twice; by their prompts such classes cannot be told apart."""
+    pictures = [Image.new("RGB", (2, 2), colour) for colour in ("red", "red", "blue", "lime")]
+    names, labels = ("red", "blue", "red", "green"), [0, 2, 1, 1]
+    data = ClassifiedImages(list(zip(pictures, labels, strict=True)), tuple("abcd"), names)
+    figure = zero_shot_outcomes(colour_judge(), data, ["a {} one"]).figures["accuracy"]
+    assert figure.hits == (1, 1, 1, 0)
+    assert figure.groups == ("red", "red", "blue", "blue") and figure.chance == 1 / 3
+    clip = colour_judge().clip
+    images = torch.stack([to_tensor(picture) for picture in pictures])
+    assert zero_shot_accuracy(clip, clip.tokenizer, images, torch.tensor(labels), names, ["a {} one"]) == 3 / 4
+    with pytest.raises(DataError, match="images: expected at least one, of at least two named classes, got 4 of 2: "):
+        ClassifiedImages(data.images, data.keys, ("red", "red"))
 
 
 def test_labels_and_similarities_are_checked(colour_judge: Any) -> None:
