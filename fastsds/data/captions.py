@@ -20,6 +20,7 @@ __all__ = ["CaptionDataset", "DataError", "Preprocess", "Tokenizer", "collate_ca
 
 Preprocess = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
+_REMEMBERED = 16384  # texts whose tokens are kept: about 20 MB of CLIP's
 
 
 class CaptionDataset(Dataset[dict[str, Any]]):
@@ -57,6 +58,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         self.candidates = candidates
         self.extra = dict(extra or {})
         self.bad_images = bad_images
+        self._tokens: dict[str, Tensor] = {}
         columns = {"captions": captions, "candidates": candidates, **self.extra}
         if len(images) == 0:
             raise DataError("images: expected at least one, got none")
@@ -97,16 +99,27 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows of a batch, for which a `DataLoader` asks at once: one call of the tokenizer, no text twice."""
+        """The rows of a batch, for which a `DataLoader` asks at once."""
         rows, texts = [], []
         for index in indices:
             row, image = self._open(index)
+            caption = self.captions[row]
             candidates = None if self.candidates is None else self.candidates[row]
-            rows.append((row, self.preprocess(image), self.captions[row], candidates))
-            texts += [self.captions[row], *(candidates or ())]
-        distinct = list(dict.fromkeys(texts))
-        tokens = dict(zip(distinct, self.tokenizer(distinct), strict=True)) if distinct else {}
+            rows.append((row, self.preprocess(image), caption, candidates))
+            texts += [caption, *(candidates or ())]
+        tokens = self._tokenize(dict.fromkeys(texts))
         return [self._row(*row, tokens) for row in rows]
+
+    def _tokenize(self, texts: Mapping[str, None]) -> dict[str, Tensor]:
+        """The tokens of distinct texts: one call of the tokenizer for those that were not read lately."""
+        tokens = {text: self._tokens[text] for text in texts if text in self._tokens}
+        if new := [text for text in texts if text not in tokens]:
+            fresh = dict(zip(new, self.tokenizer(new), strict=True))
+            if len(self._tokens) + len(fresh) > _REMEMBERED:
+                self._tokens = {}
+            self._tokens |= fresh
+            tokens |= fresh
+        return tokens
 
     def _row(
         self, index: int, image: Tensor, caption: str, candidates: Sequence[str] | None, tokens: Mapping[str, Tensor]

@@ -180,6 +180,24 @@ def test_a_batch_is_tokenized_in_one_call_and_no_text_twice(workers: int) -> Non
     assert batch["candidate_rows"].tolist() == [0, 2]
 
 
+@pytest.mark.parametrize(("remembered", "calls"), [(4, [["a", "b"], ["c"]]), (2, [["a", "b"], ["c"], ["a"], ["b"]])])
+def test_texts_that_were_read_lately_are_not_tokenized_again(
+    monkeypatch: pytest.MonkeyPatch, remembered: int, calls: list[list[str]]
+) -> None:
+    seen = []
+
+    def tokenizer(captions: list[str]) -> Tensor:
+        seen.append(captions)
+        return _tokenizer(captions)
+
+    monkeypatch.setattr("fastsds.data.captions._REMEMBERED", remembered)
+    dataset = CaptionDataset(IMAGES, ["a", "b", "c"], _preprocess, tokenizer)
+    for rows in ([0, 1], [2, 2], [0, 2], [1, 0]):
+        read = [row["tokens"] for row in dataset.__getitems__(rows)]
+        assert torch.equal(torch.stack(read), _tokenizer([dataset.captions[row] for row in rows]))
+    assert seen == calls
+
+
 def test_a_batch_is_what_the_distiller_takes(clip: Any, clip_tokenizer: Any) -> None:
     from fastsds.sdsclip import SDSDistiller
 

@@ -85,10 +85,19 @@ def test_the_device_is_waited_for_only_when_metrics_are_written(
     assert per_step[1:] == [{"tolist": 1} if step % 3 == 0 else {} for step in range(2, 10)]
 
 
-def test_the_loop_takes_little_of_the_step(tmp_path: Path) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_loop_takes_little_of_the_step(tmp_path: Path, one_thread: None) -> None:
     """Data, logging and bookkeeping: what the training process computes outside the models and the optimizer.
 
-    In CPU time, which other programs do not add to; that the worker keeps ahead is in the wait for the batch.
+    In CPU time of one thread, which other programs do not add to, nor threads that wait for one another; that the
+    worker keeps ahead is in the wait for the batch.
     """
     trainer = distillation(
         tmp_path, rows=12 * 16, batch_size=16, workers=1, run={"steps": 12, "tensorboard": True, "progress": True}
