@@ -13,7 +13,7 @@ from fastsds.commands.evaluate import pick_device
 from fastsds.commands.results import check_places, save_results
 from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.source import TeacherSource
-from fastsds.evaluation.diffusion_score import diffusion_outcomes
+from fastsds.evaluation.diffusion_score import Fit, diffusion_outcomes
 from fastsds.evaluation.sugarcrepe import SPLITS
 
 COST_FILE = "cost.json"
@@ -39,6 +39,8 @@ class DiffusionScoreEvaluation:
     """Folder that image paths start from; that of `data` by default."""
     splits: tuple[SugarCrepeSplit, ...] = SPLITS  # type: ignore[assignment]
     """Of sugarcrepe."""
+    fit: Fit = "whole"
+    """How images come to the teacher's shape: resized whole, or cut about the centre, as in training."""
     draws: int = 256
     """Timesteps of the full grid of every example."""
     first_draws: int = 8
@@ -68,13 +70,14 @@ def run_diffusion_score(config: DiffusionScoreEvaluation) -> None:
     )  # fmt: skip
     outcomes, cost, _ = diffusion_outcomes(
         scorer, examples, config.benchmark,
-        draws=config.draws, first_draws=config.first_draws, confidence=config.confidence,
+        draws=config.draws, first_draws=config.first_draws, confidence=config.confidence, fit=config.fit,
     )  # fmt: skip
     if config.benchmark == "sugarcrepe":
         outcomes = outcomes.with_groups_of("accuracy")
     description = {
         "model": f"diffusion score of {config.teacher.source}",
         "data": config.data,
+        "fit": config.fit,
         "U-Net evaluations per decision": round(cost.per_decision, 1),
         "times fewer than the full grid": round(cost.saving, 2),
         "fastsds": fastsds.__version__,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,6 +18,8 @@ from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.evaluation.examples import CaptionChoice, TwoByTwo, check_examples
 from fastsds.evaluation.outcomes import Outcomes, choice_outcomes, pairing_outcomes
+
+Fit = Literal["whole", "centre"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,18 @@ def diffusion_outcomes(
     draws: int = 256,
     first_draws: int = 8,
     confidence: float = 0.99,
+    fit: Fit = "whole",
 ) -> DiffusionOutcomes:
     """Judges every example by the lowest diffusion score: `accuracy`, or Winoground's figures; a tie is wrong.
 
-    Images are opened as the U-Net comes to them, cut to their box and resized to the teacher's size whole, so that
-    nothing a caption names is cut off (*reading*). Latents come from the teacher's cache where it has one.
+    Images are opened as the U-Net comes to them, cut to their box, and brought to the teacher's size. Latents come from
+    the teacher's cache where it has one.
 
     Args:
         examples: all of one kind.
+        fit: `whole` resizes the whole image, whatever its shape, so that nothing a caption names is cut off, as
+            diffusion-itm does (Krojer et al., NeurIPS 2023); `centre` cuts to the shape about the centre first, as
+            Diffusion Classifier does (Li et al., ICCV 2023). Which of the two SDS-CLIP took is not known (*reading*).
         draws, first_draws, confidence: see `DiffusionScorer.decide`; a confidence of 1 evaluates the full grid.
 
     Raises:
@@ -88,18 +94,20 @@ def diffusion_outcomes(
     """
     check_examples(examples)
     answers = scorer.decide(
-        _questions(scorer.teacher, examples), draws=draws, first_draws=first_draws, confidence=confidence
+        _questions(scorer.teacher, examples, fit), draws=draws, first_draws=first_draws, confidence=confidence
     )
     return DiffusionOutcomes(_outcomes(benchmark, examples, answers), DecisionCost.of(answers), answers)
 
 
-def _questions(teacher: DiffusionTeacher, examples: Sequence[CaptionChoice] | Sequence[TwoByTwo]) -> Iterator[Question]:
+def _questions(
+    teacher: DiffusionTeacher, examples: Sequence[CaptionChoice] | Sequence[TwoByTwo], fit: Fit
+) -> Iterator[Question]:
     for example in tqdm(examples, desc="examples", disable=None, leave=False):
         if isinstance(example, TwoByTwo):
-            latents = torch.cat([_latents(teacher, image) for image in example.load()])
+            latents = torch.cat([_latents(teacher, image, fit) for image in example.load()])
             yield Question.two_by_two(latents, example.captions)
         else:
-            yield Question.of_captions(_latents(teacher, example.load()), example.captions)
+            yield Question.of_captions(_latents(teacher, example.load(), fit), example.captions)
 
 
 def _outcomes(
@@ -116,8 +124,10 @@ def _outcomes(
     return pairing_outcomes(benchmark, pairs, own[:, :2], own[:, 2:])
 
 
-def _latents(teacher: DiffusionTeacher, image: Image.Image) -> Float[Tensor, "1 channels height width"]:
+def _latents(teacher: DiffusionTeacher, image: Image.Image, fit: Fit) -> Float[Tensor, "1 channels height width"]:
     from torchvision.transforms.functional import to_tensor  # its import takes over a second
 
+    if fit == "centre":
+        image = ImageOps.fit(image, teacher.image_size[::-1], Image.Resampling.BICUBIC)
     pixels = to_tensor(image).unsqueeze(0)
     return teacher.encode_images_cached([content_key(pixels)], pixels)

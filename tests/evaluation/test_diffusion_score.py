@@ -77,15 +77,19 @@ def test_caption_choices(scorer: DiffusionScorer, pairs: list[TwoByTwo]) -> None
     assert cost.full_grid == (2 + 3 + 2) * 64
 
 
-def test_the_whole_image_is_resized(teacher: DiffusionTeacher) -> None:
-    """What stands at the edges of a wide image is not cut off."""
+@pytest.mark.parametrize("fit", ["whole", "centre"])
+def test_images_of_another_shape(teacher: DiffusionTeacher, fit: Any) -> None:
+    """What stands at the edge of a wide image is resized with the rest by default, and cut off where asked."""
     image = Image.new("RGB", (96, 32))
     image.paste((255, 255, 255), (0, 0, 16, 32))
     images: list[torch.Tensor] = []
     teacher.vae.encoder.register_forward_pre_hook(lambda _, args: images.append(args[0]))
-    diffusion_outcomes(DiffusionScorer(teacher), [CaptionChoice("a", image, ("x", "y"), 0)], "choice", draws=8)
+    examples = [CaptionChoice("a", image, ("x", "y"), 0)]
+    diffusion_outcomes(
+        DiffusionScorer(teacher), examples, "choice", draws=8, **({} if fit == "whole" else {"fit": fit})
+    )
     assert images[0].shape == (1, 3, 32, 32)
-    assert images[0][..., 2].mean() > 0.9
+    assert (images[0][..., 2].mean() > 0.9) == (fit == "whole")
     assert images[0][..., 16:].mean() < -0.9
 
 
