@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -41,7 +41,7 @@ def encode_packed(
 
 def encode_dense(
     tower: DenseTower,
-    rows: list[list[int]],
+    prompts: Int[Tensor, "prompts context_length"],
     context: Float[Tensor, "images vectors width"] | None,
     attribute: Float[Tensor, "images width"] | None,
     *,
@@ -50,22 +50,20 @@ def encode_dense(
     """`encode_packed` for any tower: prompts of one length through the model's own modules.
 
     Args:
-        rows: token ids and slots, padded.
+        prompts: token ids and slots, padded.
         class_chunk: prompts encoded at a time, each chunk anew in the backward pass; all of them by default.
     """
-    device = tower.token_embedding.device
     images = next((len(learned) for learned in (context, attribute) if learned is not None), 1)
-    prompts = torch.tensor(rows, device=device)
     # Where the tower looks at token ids, a learned vector passes for the first word of its prompt.
-    words = [next(token for token in row[1:] if token >= 0) for row in rows]
-    tokens = torch.where(prompts < 0, torch.tensor(words, device=device)[:, None], prompts)
+    first = 1 + (prompts[:, 1:] >= 0).int().argmax(dim=1, keepdim=True)
+    tokens = torch.where(prompts < 0, prompts.gather(1, first), prompts)
 
     def encode(prompts: Tensor, tokens: Tensor) -> Tensor:
         embeddings, _ = embed_prompts(prompts, tower.token_embedding, context=context, attribute=attribute)
         embeddings = embeddings.expand(images, -1, -1, -1).flatten(0, 1)
         return tower.encode(tokens.repeat(images, 1), embeddings).unflatten(0, (images, -1))
 
-    if class_chunk is None or class_chunk >= len(rows):
+    if class_chunk is None or class_chunk >= len(prompts):
         return encode(prompts, tokens)
     chunks = zip(prompts.split(class_chunk), tokens.split(class_chunk), strict=True)
     return torch.cat([checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks], dim=1)
@@ -135,7 +133,7 @@ def _encode_suffixes(
     learned = (context, attribute) if prompts.learned_suffixes else (None, None)
     x, normed = _embed(tower, prompts.suffixes, prompts.positions, *learned)
     ends = prompts.offsets[1:] - 1
-    last = len(tower.blocks) - 1
+    last, max_length = len(tower.blocks) - 1, prompts.max_length
     for index, block in enumerate(tower.blocks):
         if index:
             normed = block.norm(x)
@@ -146,7 +144,7 @@ def _encode_suffixes(
             (q,) = block.project(normed.index_select(1, ends), "q")
             x = x.index_select(1, ends)
         prefix_k, prefix_v = prefix[2 * index : 2 * index + 2]
-        attended = prefix_attention(q, k, v, prefix_k, prefix_v, prompts.offsets, prompts.max_length)
+        attended = prefix_attention(q, k, v, prefix_k, prefix_v, prompts.offsets, max_length)
         x = block.complete(x, attended)
     return tower.project(x)
 

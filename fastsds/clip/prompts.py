@@ -82,6 +82,10 @@ class PackedPrompts:
         )
 
     @property
+    def device(self) -> torch.device:
+        return self.prefix.device
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest suffix."""
         return max(stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False))

@@ -78,6 +78,7 @@ class PrefixTextEncoder(nn.Module):
             end_token=self._tower.end_token,
         )
         self._names, self._tails = class_rows(self._tokenizer, self.classnames, suffix_template)
+        self._prompts: dict[tuple[int, bool, bool], PackedPrompts | Tensor] = {}
         self._rows(context_tokens=0, attribute=False, class_specific=False)
 
     def forward(
@@ -98,10 +99,13 @@ class PrefixTextEncoder(nn.Module):
         context, attribute = self._check_learned(context, attribute)
         class_specific = context is not None and context.dim() == 4
         context_tokens = 0 if context is None else context.shape[-2]
-        rows = self._rows(context_tokens, attribute is not None, class_specific)
+        layout = context_tokens, attribute is not None, class_specific
+        prompts = self._prompts.get(layout)
+        if prompts is None or prompts.device != self._device:
+            prompts = self._prompts[layout] = self._place(self._rows(*layout))
         images = next((len(learned) for learned in (context, attribute) if learned is not None), 1)
         vectors = None if context is None or not context_tokens else context.flatten(1, -2)
-        return self._encode(rows, vectors, attribute).expand(images, -1, -1)
+        return self._encode(prompts, vectors, attribute).expand(images, -1, -1)
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
         """Text embeddings of any texts, not normalised; what all of them begin with is computed once.
@@ -113,7 +117,7 @@ class PrefixTextEncoder(nn.Module):
             raise ValueError("texts: expected at least one, got none")
         rows = self._tokenizer.rows(texts)
         self._check_lengths("texts", texts, rows)
-        return self._encode([self._tokenizer.complete(row) for row in rows], None, None)[0]
+        return self._encode(self._place([self._tokenizer.complete(row) for row in rows]), None, None)[0]
 
     def embed_words(self, text: str) -> Float[Tensor, "tokens width"]:
         """The tower's token embeddings of a text's words: where context vectors may start from."""
@@ -154,11 +158,20 @@ class PrefixTextEncoder(nn.Module):
         self._check_lengths("classnames", self.classnames, rows)
         return [self._tokenizer.complete(row) for row in rows]
 
-    def _encode(self, rows: list[list[int]], context: Tensor | None, attribute: Tensor | None) -> Tensor:
+    def _place(self, rows: list[list[int]]) -> PackedPrompts | Tensor:
+        """Rows as the tower takes them, on its device: copied at every call, they would make the host wait for it."""
+        with torch.inference_mode(False):  # a later call's backward pass may need them
+            if isinstance(self._tower, DenseTower):
+                return torch.tensor([self._tokenizer.pad(row) for row in rows], device=self._device)
+            return PackedPrompts.pack(rows, self._device)
+
+    def _encode(
+        self, prompts: PackedPrompts | Tensor, context: Tensor | None, attribute: Tensor | None
+    ) -> Float[Tensor, "images prompts dim"]:
         if isinstance(self._tower, DenseTower):
-            padded = [self._tokenizer.pad(row) for row in rows]
-            return encode_dense(self._tower, padded, context, attribute, class_chunk=self.class_chunk)
-        prompts = PackedPrompts.pack(rows, self._device)
+            assert isinstance(prompts, Tensor)
+            return encode_dense(self._tower, prompts, context, attribute, class_chunk=self.class_chunk)
+        assert isinstance(prompts, PackedPrompts)
         return encode_packed(
             self._tower,
             prompts,

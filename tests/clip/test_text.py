@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsds.clip import PrefixTextEncoder, UnsupportedTowerError
 
@@ -224,6 +225,47 @@ def test_autocast(tokenizer: Any) -> None:
     assert results[0].dtype == lossy[0].dtype == torch.bfloat16
     for result, reference, truth in zip(results, lossy, exact, strict=True):
         assert (result - truth).norm() <= 2 * (reference - truth).norm()
+
+
+class _Placed(TorchDispatchMode):
+    """Counts the tensors that are made of Python's numbers, which a GPU's host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name == "aten::lift_fresh"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"class_chunk": 2}, {"dense": True}])
+def test_prompts_are_placed_on_the_device_once(tokenizer: Any, options: dict[str, Any]) -> None:
+    encoder = PrefixTextEncoder(build("CLIP"), NAMES, tokenizer=tokenizer, **options)
+    layouts = [learned(2, 4), learned(2, 3, described=False), learned(1, 2, classes=len(NAMES))]
+    with _Placed() as first:
+        results = [encoder(*leaves) for leaves in layouts]
+    assert first.count > 0
+    with _Placed() as again:
+        assert all(torch.equal(encoder(*leaves), result) for leaves, result in zip(layouts, results, strict=True))
+    assert again.count == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"dense": True}])
+def test_training_after_inference(tokenizer: Any, options: dict[str, Any]) -> None:
+    encoder, leaves = PrefixTextEncoder(build("CLIP"), NAMES, tokenizer=tokenizer, **options), learned(2, 3)
+    with torch.inference_mode():
+        inferred = encoder(*leaves).clone()
+    assert torch.equal(value_and_gradients(encoder(*leaves), leaves)[0], inferred)
+
+
+def test_compiled_in_one_graph(tokenizer: Any) -> None:
+    clip, leaves = build("one layer", torch.float32), [leaf.detach().float().requires_grad_() for leaf in learned(2, 3)]
+    expected = value_and_gradients(PrefixTextEncoder(clip, NAMES[:2], tokenizer=tokenizer)(*leaves), leaves)
+    encoder = PrefixTextEncoder(clip, NAMES[:2], tokenizer=tokenizer)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # the prompts are placed in the first, and found in the second
+        assert_close(value_and_gradients(compiled(*leaves), leaves), expected, 1e-6)
 
 
 @pytest.mark.parametrize("position", ["front", "middle", "end"])
