@@ -50,9 +50,9 @@ def test_unknown_names_are_attribute_errors() -> None:
 def test_import_is_quick_and_asks_for_no_model_library() -> None:
     code = """
 import sys, time, torch
-start = time.perf_counter()
+start = time.process_time()
 import fastsds, fastsds.ops
-took = time.perf_counter() - start
+took = time.process_time() - start
 heavy = {"diffusers", "open_clip", "transformers", "accelerate", "triton", "matplotlib"} & (set(sys.modules) - before)
 print(took, sorted(heavy))
 """
@@ -60,7 +60,7 @@ print(took, sorted(heavy))
     code = code.replace("start = time", "before = set(sys.modules)\nstart = time", 1)
     took, heavy = run_python(code).split(maxsplit=1)
     assert heavy.strip() == "[]"
-    assert float(took) < 2
+    assert float(took) < 1  # of the CPU, so that neither other programs nor the disk count
 
 
 @pytest.mark.parametrize("missing", ["diffusers", "triton", "open_clip", "xformers"])

@@ -31,7 +31,7 @@ def test_every_step_is_kept_whatever_the_others_do(tmp_path: Path) -> None:
     steps = [
         Step("fails", _python("import sys; print('why'); sys.exit(3)"), 60),
         Step("is not there", [str(tmp_path / "nothing")], 60),
-        Step("hangs", _python("import time; print('begun', flush=True); time.sleep(600)"), 2),
+        Step("hangs", _python("import time; print('begun', flush=True); time.sleep(600)"), 5),
         Step("lacks a tool", _python("pass"), 60, needs="no-such-program"),
         Step("sees", _python("import os; print(os.environ['GIVEN'])"), 60, {"GIVEN": "a word"}),
         Step("measures", _python(f"open({str(figures)!r}, 'w').write('[1, 2]')"), 60, figures=figures),
@@ -43,7 +43,7 @@ def test_every_step_is_kept_whatever_the_others_do(tmp_path: Path) -> None:
     assert saved == [[record["status"] for record in records[: done + 1]] for done in range(len(steps))]
     assert (records[0]["exit_status"], records[0]["output"]) == (3, "why\n")
     assert "nothing" in records[1]["output"]
-    assert records[2]["output"] == "begun\n" and 2 <= records[2]["seconds"] < 30
+    assert records[2]["output"] == "begun\n" and 5 <= records[2]["seconds"] < 60
     assert records[4]["output"] == "a word\n"
     assert records[5]["figures"] == [1, 2]
 
