@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 from fastsds.data.files import DataError
@@ -31,36 +32,42 @@ def read_csv(
     if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
         raise DataError(f"separator: expected one character, neither a quote nor a line's end, got {separator!r}")
     folder = path.parent if root is None else root
+    images: list[str] = []
+    captions: list[tuple[str]] = []
     reader = None
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             if separator is None:
                 separator = "\t" if "\t" in file.readline() else ","
                 file.seek(0)
-            reader = csv.DictReader(file, delimiter=separator, strict=True)
-            rows = list(reader)
-            columns = list(reader.fieldnames or [])
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            columns = next(reader, [])
+            for name, column in (("image_column", image_column), ("caption_column", caption_column)):
+                if column not in columns:
+                    raise DataError(
+                        f"{name}: {path} has no column {column!r}; it has {columns} when split at {separator!r}"
+                    )
+            image_at, caption_at = columns.index(image_column), columns.index(caption_column)
+            for number, row in enumerate(filter(None, reader), start=1):
+                if len(row) <= max(image_at, caption_at):
+                    raise DataError(f"path: row {number} below the header of {path} has fewer columns than {columns}")
+                if len(row) > len(columns):
+                    raise DataError(
+                        f"path: row {number} below the header of {path} has more columns than {columns}; a text with "
+                        f"{separator!r} in it needs quotes around it"
+                    )
+                images.append(os.path.join(folder, row[image_at]))
+                captions.append((row[caption_at],))
     except OSError as error:
         raise DataError(f"path: could not read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"path: {path} is not a UTF-8 text file: {error}") from error
     except csv.Error as error:
-        line = 1 if reader is None else reader.reader.line_num
+        line = 1 if reader is None else reader.line_num
         raise DataError(
             f"path: line {line} of {path} is wrongly quoted ({error}); a text that begins with a quote needs quotes "
             f"around it and each of its own doubled"
         ) from error
-    for name, column in (("image_column", image_column), ("caption_column", caption_column)):
-        if column not in columns:
-            raise DataError(f"{name}: {path} has no column {column!r}; it has {columns} when split at {separator!r}")
-    if not rows:
+    if not images:
         raise DataError(f"path: expected rows below the header of {path}, got none")
-    for number, row in enumerate(rows, start=1):
-        if row[image_column] is None or row[caption_column] is None:
-            raise DataError(f"path: row {number} below the header of {path} has fewer columns than {columns}")
-        if None in row:
-            raise DataError(
-                f"path: row {number} below the header of {path} has more columns than {columns}; a text with "
-                f"{separator!r} in it needs quotes around it"
-            )
-    return Pairs([folder / row[image_column] for row in rows], [(row[caption_column],) for row in rows])
+    return Pairs(images, captions)
