@@ -61,7 +61,7 @@ def classification_accuracy(model: PromptedCLIP, batches: Batches) -> float:
     """Share of the images whose class has the single highest logit, in [0, 1]; a tie is wrong.
 
     Raises:
-        ValueError: no images, or labels that are not positions in the model's classes.
+        ValueError: no images, labels that are not positions in the model's classes, or logits that are not finite.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()

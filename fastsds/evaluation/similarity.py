@@ -23,7 +23,13 @@ def similarity(
 
 
 def strict_hits(logits: Float[Tensor, "images classes"], labels: Int[Tensor, "images"]) -> Bool[Tensor, "images"]:
-    """Whether each image's class has the single highest logit; a tie is wrong."""
+    """Whether each image's class has the single highest logit; a tie is wrong.
+
+    Raises:
+        ValueError: logits that are not finite, which are no wrong answers.
+    """
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"logits: expected finite values, got {int((~logits.isfinite()).sum())} that are not")
     own = logits.gather(1, labels.to(logits.device).unsqueeze(1))
     return (logits >= own).sum(dim=1) == 1
 

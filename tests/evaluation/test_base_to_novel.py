@@ -55,6 +55,12 @@ def test_the_harmonic_mean_of_nothing_is_nothing() -> None:
     assert BaseToNovelScores(0.0, 1.0).harmonic == 0
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_wrong_answers(bad: float) -> None:
+    with pytest.raises(ValueError, match="logits: expected finite values, got 1 that are not"):
+        classification_accuracy(Readable(["a", "b"]), _batches([[0.0, 1.0], [bad, 1.0]], [1, 1]))
+
+
 def test_models_are_measured_in_evaluation_mode_and_left_as_they_were() -> None:
     model = Readable(["a", "b", "c"]).train()
     classification_accuracy(model, BASE)

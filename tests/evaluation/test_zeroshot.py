@@ -129,5 +129,5 @@ def test_labels_and_similarities_are_checked(colour_judge: Any) -> None:
             colour_judge(), ClassifiedImages([(image, 0), (image, 2)], ("a", "b"), ("red", "blue")), ["a {} one"]
         )
     judge = colour_judge({"a broken one": [float("inf"), 0.0, 0.0]})
-    with pytest.raises(ValueError, match="images: expected finite similarities"):
+    with pytest.raises(ValueError, match="logits: expected finite values, got 1 that are not"):
         zero_shot_outcomes(judge, ClassifiedImages([(image, 0)], ("a",), ("red", "broken")), ["a {} one"])
