@@ -49,13 +49,14 @@ def cpu_name() -> str:
 
 
 def collect(benchmark_json: Path) -> dict[str, list[dict[str, Any]]]:
-    """The suites' own records from the file that pytest-benchmark writes."""
+    """The suites' own records from the file that pytest-benchmark writes, as they are written down: rounded."""
     tests = json.loads(benchmark_json.read_text(encoding="utf-8"))["benchmarks"]
     records: dict[str, list[dict[str, Any]]] = {"result": [], "bandwidth": [], "variance": []}
     for test in tests:
         for kind, record in test["extra_info"].items():
             records[kind].append(record)
-    return {"timings": records["result"], "bandwidths": records["bandwidth"], "variances": records["variance"]}
+    kinds = {"timings": "result", "bandwidths": "bandwidth", "variances": "variance"}
+    return {name: _rounded(records[kind]) for name, kind in kinds.items()}
 
 
 def ratio(timing: dict[str, Any], baseline: str) -> float:
@@ -205,7 +206,7 @@ def write(records: dict[str, list[dict[str, Any]]], where: dict[str, Any], out: 
     device = f"{where['device']} {where['threads']} threads" if where["cuda"] is None else where["device"]
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     document, picture = out / f"{slug}.json", out / f"{slug}.png"
-    document.write_text(json.dumps({"machine": where, **_rounded(records)}, indent=1) + "\n", encoding="utf-8")
+    document.write_text(json.dumps({"machine": where, **records}, indent=1) + "\n", encoding="utf-8")
     plot(records, machine_line(where).splitlines()[0]).savefig(picture, dpi=110)
     return document, picture
 
