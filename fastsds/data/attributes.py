@@ -18,6 +18,8 @@ from fastsds.data.images import open_image
 
 QUESTION = "Question: which one adjective describes the {classname} in this picture? Answer:"
 
+_NOT_UTF8 = "backslashreplace"  # escapes the names of such files as JSON does
+
 Labeller = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
 """Answers a batch: images and their class names to attributes, empty where there is no answer."""
 
@@ -90,7 +92,7 @@ class Blip2Labeller:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], classnames: Sequence[str]) -> list[str]:
-        questions = [self.question.format(classname=name) for name in classnames]
+        questions = [self.question.replace("{classname}", name) for name in classnames]
         inputs = self.processor(images=list(images), text=questions, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
@@ -117,7 +119,7 @@ def label_attributes(
     waiting = [item for item in items if item.key not in done]
     unanswered = 0
     with (
-        out.open("a", encoding="utf-8") as file,
+        out.open("a", encoding="utf-8", errors=_NOT_UTF8) as file,
         tqdm(total=len(items), initial=len(items) - len(waiting), unit="image", disable=not progress) as bar,
     ):
         for start in range(0, len(waiting), batch_size):
@@ -156,12 +158,12 @@ def read_attributes(path: str | Path) -> dict[str, str]:
 
 def _read_lines(path: Path, *, forgive_last: bool = False) -> dict[str, str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        if forgive_last:
+            content = content[: content.rfind(b"\n") + 1]
+        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"path: could not read {path}: {error}") from error
-    lines = text.removesuffix("\n").split("\n")
-    if forgive_last and not text.endswith("\n"):
-        lines = lines[:-1]
     attributes: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -182,7 +184,8 @@ def _read_lines(path: Path, *, forgive_last: bool = False) -> dict[str, str]:
 def _write_whole(path: Path, attributes: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_text("".join(_line(key, attribute) for key, attribute in attributes.items()), encoding="utf-8")
+    lines = "".join(_line(key, attribute) for key, attribute in attributes.items())
+    staging.write_text(lines, encoding="utf-8", errors=_NOT_UTF8)
     staging.replace(path)
 
 

@@ -64,7 +64,8 @@ class BadImages:
         name = image_name(self._images[row])
         if self.listing is not None:
             self.listing.parent.mkdir(parents=True, exist_ok=True)
-            with self.listing.open("a", encoding="utf-8") as file:  # one write to its end, whoever else writes
+            # One write to its end, whoever else writes; a name that is not UTF-8 is escaped as JSON escapes.
+            with self.listing.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps({"row": row, "image": name, "reason": str(error)}, ensure_ascii=False) + "\n")
         if self.count > self.allowed:
             names = [image_name(self._images[bad]) for bad in self._bad.nonzero()[:4, 0].tolist()]
@@ -84,7 +85,7 @@ class BadImages:
 def _read_listing(path: Path | None) -> Iterator[tuple[int, str]]:
     if path is None or not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
             yield int(record["row"]), str(record["image"])

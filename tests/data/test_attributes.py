@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,14 @@ class Recorder:
         return ["" if value in self.silent else f"word {value}" for value in self.batches[-1]]
 
 
+def test_names_that_are_not_utf8_are_read_as_they_were(items: list[LabelledImage], tmp_path: Path) -> None:
+    out, key = tmp_path / "attributes.jsonl", os.fsdecode(b"caf\xe9.png")
+    item = dataclasses.replace(items[0], key=key)
+    for _ in range(2):  # the second run writes again what the first did
+        label_attributes([item], Recorder(), out, progress=False)
+        assert read_attributes(out) == {key: "word 0"}
+
+
 def test_labels_are_written_batch_by_batch(items: list[LabelledImage], tmp_path: Path) -> None:
     labeller, out = Recorder(), tmp_path / "sub" / "attributes.jsonl"
     assert label_attributes(items, labeller, out, batch_size=2, progress=False) == 0
@@ -48,13 +58,19 @@ def test_a_stopped_run_goes_on_where_it_stopped(items: list[LabelledImage], tmp_
     out = tmp_path / "attributes.jsonl"
     with pytest.raises(KeyboardInterrupt):
         label_attributes(items, Recorder(stop=1), out, batch_size=2, progress=False)
-    with out.open("a", encoding="utf-8") as file:
-        file.write('{"path": "frog/2.png", "attri')  # killed in the middle of a line
+    with out.open("ab") as file:
+        file.write('{"path": "é'.encode()[:-1])  # killed in the middle of a line, and of a letter
     second = Recorder()
     label_attributes(items, second, out, batch_size=2, progress=False)
     assert second.batches == [[2, 3], [4]]
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert lines == [{"path": f"frog/{index}.png", "attribute": f"word {index}"} for index in range(5)]
+
+
+def test_files_of_windows_are_read(tmp_path: Path) -> None:
+    out = tmp_path / "attributes.jsonl"
+    out.write_bytes(b'\xef\xbb\xbf{"path": "a", "attribute": "red"}\r\n\r\n{"path": "b", "attribute": "blue"}\r\n')
+    assert read_attributes(out) == {"a": "red", "b": "blue"}
 
 
 def test_images_without_an_answer_are_counted_and_not_written(items: list[LabelledImage], tmp_path: Path) -> None:
@@ -139,7 +155,7 @@ def test_blip2_answers_do_not_depend_on_the_batch(blip2: Path) -> None:
 
 
 def test_blip2_is_given_the_image_and_the_question(blip2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    labeller = Blip2Labeller.from_pretrained(blip2, question="a photo of {classname}")
+    labeller = Blip2Labeller.from_pretrained(blip2, question="a photo of {classname} {x}")
     seen: list[Any] = []
     generate = labeller.model.generate
 
@@ -152,7 +168,7 @@ def test_blip2_is_given_the_image_and_the_question(blip2: Path, monkeypatch: pyt
     (inputs,) = seen
     tokenizer = labeller.processor.tokenizer
     questions = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-    assert [question.strip() for question in questions] == ["a photo of ring", "a photo of large circle"]
+    assert [question.strip() for question in questions] == ["a photo of ring { x }", "a photo of large circle { x }"]
     assert inputs["pixel_values"].shape == (2, 3, 16, 16)
     # The answer follows the question and does not repeat it.
     new = generate(**inputs)[:, inputs["input_ids"].shape[1] :]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_resumed_runs_know_what_was_listed(
 ) -> None:
     listing = tmp_path / "bad_images.jsonl"
     expected = _captions(load(folder, max_bad_share=0.5, bad_images=listing))
-    listing.write_text(listing.read_text(encoding="utf-8") + '{"row": 15, "ima', encoding="utf-8")  # killed
+    listing.write_bytes(listing.read_bytes() + '{"row": 15, "image": "é'.encode()[:-1])  # killed
     before = listing.read_bytes()
     resumed = load(folder, max_bad_share=0.5, bad_images=listing)
     assert resumed.bad_images.count == 3
@@ -106,6 +107,19 @@ def test_resumed_runs_know_what_was_listed(
     assert _captions(resumed) == expected
     assert len(opened) == ROWS and not {path.name for path in opened} & {f"{row:02}.png" for row in BAD}
     assert listing.read_bytes() == before
+
+
+def test_names_that_are_not_utf8_are_listed_and_known_again(tmp_path: Path, load: Any, pictures: Any) -> None:
+    folder = tmp_path / "set"
+    for number in range(3):
+        pictures.save(folder / f"{number}.png", number).with_suffix(".txt").write_text(f"picture {number}")
+    (folder / "1.png").write_bytes(b"no image")
+    for suffix in ("png", "txt"):
+        (folder / f"1.{suffix}").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9." + suffix.encode()))
+    dataset = load(folder, max_bad_share=0.5, bad_images=tmp_path / "bad.jsonl")
+    assert dataset.bad_images.count == 0
+    assert "picture 1" not in _captions(dataset)
+    assert load(folder, max_bad_share=0.5, bad_images=tmp_path / "bad.jsonl").bad_images.count == 1
 
 
 def test_a_listing_of_other_data_is_not_believed(folder: Path, load: Any, tmp_path: Path) -> None:
