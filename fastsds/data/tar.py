@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -92,5 +91,11 @@ def _text(field: bytes) -> bytes:
 
 def _record(extended: bytes, key: bytes) -> bytes:
     """The value of a pax record `length key=value\\n`, empty where there is none."""
-    found = re.search(rb"(?:\A|\n)\d+ " + key + rb"=([^\n]*)\n", extended) if key in extended else None
-    return found[1] if found else b""
+    while key in extended:
+        digits = extended.partition(b" ")[0]
+        length = _number(digits, 10)
+        name, _, value = extended[len(digits) + 1 : length - 1].partition(b"=")
+        if name == key:
+            return value
+        extended = extended[max(length, 1) :]
+    return b""

@@ -14,6 +14,7 @@ NAMES = [
     "f" * 90 + "/" + "g" * 60 + ".png",  # too long for the name's field
     "h" * 240 + ".json",  # and for ustar's prefix
     "größe/ø.webp",
+    "two\nlines é.txt",
     "last",
 ]
 
@@ -22,7 +23,7 @@ NAMES = [
 def test_members_lie_where_pythons_tarfile_finds_them(tmp_path: Path, form: int) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=form) as file:
-        for size, name in zip((0, 1, 511, 512, 513, 5000), NAMES, strict=True):
+        for size, name in zip((0, 1, 511, 512, 513, 514, 5000), NAMES, strict=True):
             if form == tarfile.USTAR_FORMAT and len(name) > 200:
                 continue
             folder = tarfile.TarInfo("folder of " + name[:5])
@@ -31,7 +32,7 @@ def test_members_lie_where_pythons_tarfile_finds_them(tmp_path: Path, form: int)
             member = tarfile.TarInfo(name)
             member.size, member.mtime = size, 1700000000.5
             if form == tarfile.PAX_FORMAT:
-                member.pax_headers = {"comment": "9 path=not this one", "size": str(size)}
+                member.pax_headers = {"comment": "of two lines\n9 path=x", "size": str(size)}
             file.addfile(member, io.BytesIO(bytes([size % 251]) * size))
     with tarfile.open(path) as file:
         expected = [(member.name, member.offset_data, member.size) for member in file if member.isfile()]
