@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton and the ops are imported, which read it once
@@ -86,6 +87,23 @@ def clip(request: pytest.FixtureRequest, clip_tokenizer: Any) -> Any:
         vision_cfg={"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
         text_cfg={**text, "width": 32, "heads": 2, "layers": 2},
     ).eval()
+
+
+class Placements(TorchDispatchMode):
+    """Counts the tensors that are made of Python's numbers: on a GPU, copies that its host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name == "aten::lift_fresh"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def placements() -> type[Placements]:
+    return Placements
 
 
 class PhiloxOracle:

@@ -72,8 +72,9 @@ def _no_conditions(text: TextConditioning, image_size: tuple[int, int]) -> dict[
 
 def _sdxl_conditions(text: TextConditioning, image_size: tuple[int, int]) -> dict[str, Any]:
     """Of images that were neither scaled nor cropped."""
-    time_ids = text.embeddings.new_tensor([*image_size, 0, 0, *image_size])
-    return {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": time_ids.expand(len(text), -1)}}
+    # Filled on the device: a list would be copied there at every call, and the host would wait for it.
+    time_ids = [text.embeddings.new_full((len(text),), size) for size in (*image_size, 0, 0, *image_size)]
+    return {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": torch.stack(time_ids, dim=1)}}
 
 
 def _sd3_conditions(text: TextConditioning, image_size: tuple[int, int]) -> dict[str, Any]:

@@ -135,8 +135,7 @@ class DiffusionTeacher(nn.Module):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width, in pixels, of the images that encode to `latent_shape`; without a VAE, its 8-fold."""
-        factor = 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+        return self._pixels(*self.latent_shape[1:])
 
     def train(self, mode: bool = True) -> DiffusionTeacher:
         """Stays in evaluation mode: a frozen teacher has no other."""
@@ -186,10 +185,12 @@ class DiffusionTeacher(nn.Module):
                 f"got {images.dtype} {list(images.shape)}"
             )
         vae = self._require("vae")
+        # Resized there, and not in half precision, for which a CPU has no such kernel.
+        images = images.to(self.device, torch.promote_types(images.dtype, torch.float32))
         if tuple(images.shape[2:]) != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
         with self._without_autocast():
-            posterior = vae.encode((images * 2 - 1).to(self.device, next(vae.parameters()).dtype)).latent_dist
+            posterior = vae.encode((images * 2 - 1).to(next(vae.parameters()).dtype)).latent_dist
             return ((posterior.mode() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).float()
 
     def encode_images_cached(
@@ -239,9 +240,14 @@ class DiffusionTeacher(nn.Module):
                 noised.to(self.dtype),
                 timestep=self.schedule.model_timesteps[t],
                 encoder_hidden_states=text.embeddings,
-                **self.family.conditions(text, self.image_size),
+                **self.family.conditions(text, self._pixels(*noised.shape[2:])),
             ).sample
         return predicted.to(self.dtype)
+
+    def _pixels(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the images whose latents have these."""
+        factor = 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return height * factor, width * factor
 
     def _without_autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)

@@ -39,7 +39,9 @@ def _prompts(pipeline: Any) -> dict[str, None]:
     return {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "transformer") else {}
 
 
-def _run(pipeline: Any, captions: list[str], guidance_scale: float) -> tuple[Tensor, dict[str, Any], Tensor]:
+def _run(
+    pipeline: Any, captions: list[str], guidance_scale: float, height: int = 32, width: int = 32
+) -> tuple[Tensor, dict[str, Any], Tensor]:
     """The noisy latents of the pipeline's first step, what its denoiser was told, and what it predicted."""
     denoiser = pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
     calls: list[tuple[Any, ...]] = []
@@ -48,8 +50,8 @@ def _run(pipeline: Any, captions: list[str], guidance_scale: float) -> tuple[Ten
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline(
-        captions, num_inference_steps=2, guidance_scale=guidance_scale, height=32, width=32, output_type="latent",
-        generator=torch.Generator().manual_seed(3),
+        captions, num_inference_steps=2, guidance_scale=guidance_scale, height=height, width=width,
+        output_type="latent", generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
     handle.remove()
     args, kwargs, output = calls[0]
@@ -76,6 +78,25 @@ def test_predicts_what_the_pipeline_predicts(teacher: DiffusionTeacher, family_p
     torch.testing.assert_close(prediction, output, rtol=1e-4, atol=1e-5)
     for wrong in (text.map(lambda tensor: tensor.flip(0)), TextConditioning(text.embeddings, text.pooled.flip(0))):
         assert not torch.allclose(teacher.predict(noised, t.expand(len(noised)), wrong), output, atol=1e-4)
+
+
+def test_latents_of_another_size_are_predicted_as_the_pipeline_does(
+    teacher: DiffusionTeacher, family_pipeline: Any
+) -> None:
+    """SDXL is told the size."""
+    noised, told, output = _run(family_pipeline, CAPTIONS, 1.0, height=16, width=24)
+    assert noised.shape[2:] == (4, 6)
+    (t,) = (teacher.schedule.model_timesteps == told["timestep"].flatten()[0]).nonzero().flatten()
+    prediction = teacher.predict(noised, t.expand(len(noised)), teacher.encode_text(CAPTIONS))
+    torch.testing.assert_close(prediction, output, rtol=1e-4, atol=1e-5)
+
+
+def test_prediction_is_given_no_numbers_of_the_hosts(teacher: DiffusionTeacher, placements: Any) -> None:
+    text, noised = teacher.encode_text(CAPTIONS), torch.randn(3, *teacher.latent_shape)
+    t = torch.zeros(3, dtype=torch.int64)
+    with placements() as placed:
+        teacher.predict(noised, t, text)
+    assert placed.count == 0
 
 
 def test_text_is_encoded_as_the_pipeline_does(teacher: DiffusionTeacher, family_pipeline: Any) -> None:

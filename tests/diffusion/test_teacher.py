@@ -234,6 +234,8 @@ def test_images_of_other_sizes_are_resized(teacher: DiffusionTeacher, size: tupl
     images = torch.rand(1, 3, *size)
     resized = torch.nn.functional.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(teacher.encode_images(images), teacher.encode_images(resized))
+    low = images.bfloat16()
+    torch.testing.assert_close(teacher.encode_images(low), teacher.encode_images(low.float()))
 
 
 @pytest.mark.parametrize(
