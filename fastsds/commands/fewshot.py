@@ -13,7 +13,7 @@ from fastsds.clip.source import LoadedCLIP
 from fastsds.commands.configs import default_workers
 from fastsds.data.attributes import read_attributes
 from fastsds.data.fewshot import FewShotDataset, FewShotSplit, LabelledImage
-from fastsds.data.loader import leave_signals
+from fastsds.data.workers import worker_options
 from fastsds.evaluation.base_to_novel import BaseToNovelScores
 from fastsds.evaluation.outcomes import Figure, Outcomes
 from fastsds.evaluation.similarity import strict_hits
@@ -105,7 +105,7 @@ def _figure(model: PromptedCLIP, items: Sequence[LabelledImage], clip: LoadedCLI
     device = next(model.parameters()).device
     model.eval()
     data = FewShotDataset(items, clip.preprocess)
-    loader = DataLoader(data, loading.batch_size, num_workers=loading.workers, worker_init_fn=leave_signals)
+    loader = DataLoader(data, loading.batch_size, **worker_options(loading.workers))
     hits = torch.cat([strict_hits(model(batch["images"].to(device)), batch["labels"]).cpu() for batch in loader])
     return Figure(
         tuple(hits.double().tolist()),

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from fastsds.data.captions import CaptionDataset
-from fastsds.data.loader import leave_signals
+from fastsds.data.workers import worker_options
 from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.sdsclip.distiller import SDSDistiller
 
@@ -61,7 +61,7 @@ def _views_and_latents(
     """
     views = _Views(dataset, teacher.image_size)
     subset = Subset(views, range(min(images, len(dataset))))
-    loader = DataLoader(subset, _BATCH, num_workers=workers, worker_init_fn=leave_signals)
+    loader = DataLoader(subset, _BATCH, **worker_options(workers))
     for preprocessed, pictures, keys in tqdm(loader, desc=bar, unit="batch", disable=bar is None):
         yield preprocessed, teacher.encode_images_cached(keys, pictures)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from fastsds.data.captions import CaptionDataset, collate_captions
+from fastsds.data.workers import worker_options
 
 
 def caption_loader(
@@ -47,21 +46,10 @@ def caption_loader(
         batch_size,
         sampler=order,
         drop_last=drop_last,
-        num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate_captions,
-        worker_init_fn=leave_signals if workers else None,
         generator=torch.Generator().manual_seed(seed),
+        **worker_options(workers),
     )
-
-
-def leave_signals(worker: int) -> None:
-    """Makes a worker leave Ctrl-C to the training process, which may need it to end its step, and go when told to.
-
-    It would inherit a handler that takes SIGTERM for a request to the run, could not be ended, and Python would wait
-    for it at its exit.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))

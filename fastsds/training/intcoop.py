@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastsds.data.captions import DataError
 from fastsds.data.fewshot import FewShotDataset, sample_shots
-from fastsds.data.loader import leave_signals
+from fastsds.data.workers import worker_options
 from fastsds.intcoop.model import IntCoOp
 from fastsds.intcoop.prompts import PromptedCLIP, PromptLosses
 from fastsds.training.config import TrainConfig
@@ -74,9 +74,7 @@ class IntCoOpTrainer(Trainer):
             model.attributes = model.attributes or sorted(set(words))
         data: Dataset[dict[str, Any]] = dataset
         if config.cache_features:
-            images = DataLoader(
-                dataset, loader.batch_size, num_workers=loader.num_workers, worker_init_fn=leave_signals
-            )
+            images = DataLoader(dataset, loader.batch_size, **worker_options(loader.num_workers))
             data = CachedFeatures(model, images)
         prompts_loader = DataLoader(
             data,

@@ -13,7 +13,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from fastsds.data.loader import leave_signals
+from fastsds.data.workers import leave_signals, worker_context
 
 Result = TypeVar("Result")
 
@@ -62,6 +62,7 @@ def share_loader(loader: DataLoader[Any], accelerator: Accelerator, seed: int) -
         _check_split(loader, processes)
     elif processes > 1:
         raise TypeError("loader: expected rows by position and a batch size under several processes, got a stream")
+    method = loader.multiprocessing_context and loader.multiprocessing_context.get_start_method()
     shared = DataLoader(
         loader.dataset,
         **batches,
@@ -70,7 +71,7 @@ def share_loader(loader: DataLoader[Any], accelerator: Accelerator, seed: int) -
         pin_memory=loader.pin_memory or accelerator.device.type == "cuda",
         timeout=loader.timeout,
         worker_init_fn=partial(_start_worker, then=loader.worker_init_fn),
-        multiprocessing_context=loader.multiprocessing_context,
+        multiprocessing_context=worker_context(method) if loader.num_workers else None,
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,

@@ -105,15 +105,15 @@ class Trainer:
             CheckpointError: a checkpoint could not be written or does not fit.
             TrainingInterrupted: SIGINT or SIGTERM came; the run was saved after the step and can be resumed.
         """
-        self._forget_unfinished_step()
-        self._saved = on_main_process(self.accelerator, lambda: self._enter_folder(resume))
-        if self._saved is not None:
-            self._restore(self._saved)
         evaluation: dict[str, float] = {}
         with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())  # first: TensorBoard's import alone takes seconds
+            self._forget_unfinished_step()
+            self._saved = on_main_process(self.accelerator, lambda: self._enter_folder(resume))
+            if self._saved is not None:
+                self._restore(self._saved)
             log = stack.enter_context(self._open_log()) if self.accelerator.is_main_process else None
             bar = stack.enter_context(self._open_bar())
-            stop = stack.enter_context(StopRequest())
             while self._step < self.total_steps:
                 before = self._step
                 for _ in self._epoch(log, bar):

@@ -1,0 +1,72 @@
+"""Worker processes of data loaders, which leave Ctrl-C to the process that they work for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing import resource_tracker
+from multiprocessing.context import BaseContext, ForkProcess, ForkServerProcess, SpawnProcess
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def worker_options(workers: int) -> dict[str, Any]:
+    """Options of a `DataLoader` with so many workers; 0 reads in this process."""
+    if workers == 0:
+        return {"num_workers": 0}
+    return {"num_workers": workers, "worker_init_fn": leave_signals, "multiprocessing_context": worker_context()}
+
+
+def worker_context(method: str | None = None) -> BaseContext:
+    """The context of a start method, by default the one in force, whose processes hear no signal while they start.
+
+    They are to call `leave_signals` then.
+    """
+    method = method or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    context = type(multiprocessing.get_context(method))()
+    context.Process = _WORKERS[method]  # type: ignore[attr-defined]
+    return context
+
+
+def leave_signals(worker: int) -> None:
+    """Makes a worker leave Ctrl-C to the training process, which may need it to end its step, and go when told to.
+
+    It would inherit a handler that takes SIGTERM for a request to the run, could not be ended, and Python would wait
+    for it at its exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+class _HeldBack:
+    """Holds signals back while a process starts: a new one would answer Ctrl-C with a traceback, and Python loses what
+    comes in the middle of a fork."""
+
+    _start_method: str
+
+    def start(self) -> None:
+        if self._start_method != "fork":
+            resource_tracker.ensure_running()  # it lets signals through when it is started
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            super().start()  # type: ignore[misc]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _ForkWorker(_HeldBack, ForkProcess):
+    pass
+
+
+class _SpawnWorker(_HeldBack, SpawnProcess):
+    pass
+
+
+class _ForkServerWorker(_HeldBack, ForkServerProcess):
+    pass
+
+
+_WORKERS = {"fork": _ForkWorker, "spawn": _SpawnWorker, "forkserver": _ForkServerWorker}
