@@ -57,12 +57,12 @@ def _views_and_latents(
     """Batches of images preprocessed for CLIP and the VAE latents of the same, in the order of the data.
 
     Args:
-        bar: title of the progress bar, or None for none.
+        bar: title of the progress bar on a terminal, or None for none.
     """
     views = _Views(dataset, teacher.image_size)
     subset = Subset(views, range(min(images, len(dataset))))
     loader = DataLoader(subset, _BATCH, **worker_options(workers))
-    for preprocessed, pictures, keys in tqdm(loader, desc=bar, unit="batch", disable=bar is None):
+    for preprocessed, pictures, keys in tqdm(loader, desc=bar, unit="batch", disable=None if bar else True):
         yield preprocessed, teacher.encode_images_cached(keys, pictures)
 
 

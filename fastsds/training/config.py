@@ -41,6 +41,7 @@ class TrainConfig:
     """Steps between writes of the metrics, which is when the device is waited for."""
     tensorboard: bool = True
     progress: bool = True
+    """A bar on a terminal, elsewhere a line a minute."""
     seed: int = 0
     """Of the order of the data; the loss's noise has its own."""
 

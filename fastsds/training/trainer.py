@@ -14,13 +14,13 @@ from accelerate import skip_first_batches
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from fastsds.training import checkpoint
 from fastsds.training.config import TrainConfig, TrainResult
 from fastsds.training.interrupt import StopRequest, TrainingInterrupted
 from fastsds.training.metrics import MetricsLog, PendingMetrics
 from fastsds.training.processes import on_main_process, share_loader, start_accelerator
+from fastsds.training.progress import Progress
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -113,20 +113,20 @@ class Trainer:
             if self._saved is not None:
                 self._restore(self._saved)
             log = stack.enter_context(self._open_log()) if self.accelerator.is_main_process else None
-            bar = stack.enter_context(self._open_bar())
+            progress = stack.enter_context(self._open_progress())
             while self._step < self.total_steps:
                 before = self._step
-                for _ in self._epoch(log, bar):
+                for _ in self._epoch(log, progress):
                     last = self._step == self.total_steps
                     due = self.config.evaluate_every
                     if self.evaluate is not None and (last or (due and self._step % due == 0)):
-                        self._flush(log, bar)
+                        self._flush(log, progress)
                         evaluation = self._evaluate()
                         if log is not None:
                             log.write(self._step, "evaluation", evaluation)
                     stopped = not last and stop.agreed()
                     if stopped or self._save_due():
-                        self._flush(log, bar)
+                        self._flush(log, progress)
                         saved = self._saved = self._save()
                     if stopped:
                         raise TrainingInterrupted(self._step, self.total_steps, saved)
@@ -134,11 +134,11 @@ class Trainer:
                         break
                 if self._step == before:
                     raise ValueError("loader: expected to give its batches anew every epoch, got none this time")
-            self._flush(log, bar)
+            self._flush(log, progress)
         assert self._saved is not None
         return TrainResult(self._step, self._saved, evaluation)
 
-    def _epoch(self, log: MetricsLog | None, bar: Any) -> Iterable[int]:
+    def _epoch(self, log: MetricsLog | None, progress: Progress) -> Iterable[int]:
         """Runs the rest of the epoch that the current step lies in, yielding after every optimizer step."""
         epoch, done = divmod(self._step, self.steps_per_epoch)
         self._loader.set_epoch(epoch)
@@ -170,13 +170,14 @@ class Trainer:
             self._pending.add(self._step, outputs, grad_norm, lr)
             outputs = []
             if self._step % self.config.log_every == 0:
-                self._flush(log, bar)
-            bar.update()
+                self._flush(log, progress)
+            progress.advance()
             yield self._step
 
-    def _flush(self, log: MetricsLog | None, bar: Any) -> None:
+    def _flush(self, log: MetricsLog | None, progress: Progress) -> None:
         """Waits for the device and writes the pending steps down; stops the run at the first that is not finite."""
-        for step, values in self._pending.take(self.accelerator):
+        taken = self._pending.take(self.accelerator)
+        for step, values in taken:
             # A gradient scaler skips the steps whose gradients overflow; without one they ruin the parameters.
             scaled = self.accelerator.scaler is not None
             bad = [name for name in values if not math.isfinite(values[name])]
@@ -187,9 +188,10 @@ class Trainer:
                     f"stopped. The last good checkpoint is {self._saved or 'none'}; resume from it with a lower "
                     f"learning rate, or in bf16 or float32 in place of fp16"
                 )
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             if log is not None:
                 log.write(step, "train", values)
+        if taken:
+            progress.tell(taken[-1][0], taken[-1][1]["loss"])
         if log is not None:
             log.flush()
 
@@ -218,9 +220,9 @@ class Trainer:
     def _open_log(self) -> MetricsLog:
         return MetricsLog(self.config.out, self._step, tensorboard=self.config.tensorboard)
 
-    def _open_bar(self) -> Any:
-        hidden = not (self.config.progress and self.accelerator.is_main_process)
-        return tqdm(total=self.total_steps, initial=self._step, unit="step", desc=self.config.out.name, disable=hidden)
+    def _open_progress(self) -> Progress:
+        shown = self.config.progress and self.accelerator.is_main_process
+        return Progress(self.config.out.name, self._step, self.total_steps, shown=shown)
 
     def _save_due(self) -> bool:
         every = self.config.save_every or self.steps_per_epoch
