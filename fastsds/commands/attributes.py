@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastsds.commands.configs import save_config
+from fastsds.commands.configs import read_config, save_config
 from fastsds.data import attributes
 from fastsds.data.attributes import AttributesConfig
 
@@ -10,5 +10,16 @@ __all__ = ["AttributesConfig", "run_attributes"]
 
 
 def run_attributes(config: AttributesConfig) -> None:
+    """
+    Raises:
+        ValueError: `out` holds answers to another question, or of another model.
+    """
+    record = config.out.with_suffix(".config.yaml")
+    if record.is_file() and config.out.is_file() and config.out.stat().st_size:
+        before = read_config(record, AttributesConfig, "attributes")
+        for name in ("question", "model"):
+            asked, now = getattr(before, name), getattr(config, name)
+            if asked != now:
+                raise ValueError(f"{name}: {config.out} holds answers of {asked!r}, got {now!r}; name another --out")
+    save_config(record, config, "attributes")
     attributes.run_attributes(config)
-    save_config(config.out.with_suffix(".config.yaml"), config, "attributes")
