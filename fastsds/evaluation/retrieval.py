@@ -153,6 +153,7 @@ def _read_karpathy(document: dict[str, Any], path: Path, images: Path, split: st
         raise DataError(f"path: {path} has no list `images`; it has {', '.join(document) or 'nothing'}")
     for number, row in enumerate(rows, start=1):
         check_row(row, {"filename": str, "split": str, "sentences": list}, f"image {number} of {path}")
+        check_row({"filepath": "", **row}, {"filepath": str}, f"image {number} of {path}")
         for sentence in row["sentences"]:
             check_row(sentence, {"raw": str}, f"a sentence of image {number} of {path}")
     chosen = [row for row in rows if row["split"] == split]

@@ -196,6 +196,7 @@ def test_a_lacking_column_is_named(miniature: Miniature, tmp_path: Path) -> None
         ("order", ', "c a b"', "", r"expected 5 strings as options in row 1 of .*coco_order\.json"),
         ("sugarcrepe", '"caption": "a man sits"', '"caption": null', "expected 'caption' of sample 0 .* str, got None"),
         ("karpathy's own", '"split": "test"', '"split": "val"', r"split: expected one of \['val'\] of .*, got 'test'"),
+        ("karpathy's own", '"filepath": "val2014"', '"filepath": 4', "expected 'filepath' of image 1 .* str, got 4"),
         ("karpathy test", '["caption 0", "caption 1", "caption 2", "caption 3", "caption 4"]', "[]",
          "captions: expected at least one for each of at least one image, got 2 images, 0 with captions"),
     ],

@@ -98,7 +98,7 @@ def test_boxes_are_cut_out_and_padded_with_black():
     assert (cut.getpixel((0, 0)), cut.getpixel((9, 0))) == ((255, 0, 0), (0, 0, 0))
 
 
-@pytest.mark.parametrize("box", [(8, 0, 9, 6), (0, 6, 8, 7), (-3, 0, 0, 6), (0, -1, 8, 0)])
+@pytest.mark.parametrize("box", [(8, 0, 9, 6), (0, 6, 8, 7), (-3, 0, 0, 6), (0, -1, 8, 0), (0, 0, 10**9, 6)])
 def test_a_box_beyond_the_image_is_named(box):
     example = CaptionChoice("a", Image.new("RGB", (8, 6)), ("x", "y"), 0, box=box)
     with pytest.raises(DataError, match=rf"box: expected a part of an image .* 8 x 6 .*, got \[{box[0]}, {box[1]}, "):
