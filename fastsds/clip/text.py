@@ -101,7 +101,7 @@ class PrefixTextEncoder(nn.Module):
         context_tokens = 0 if context is None else context.shape[-2]
         layout = context_tokens, attribute is not None, class_specific
         prompts = self._prompts.get(layout)
-        if prompts is None or prompts.device != self._device:
+        if prompts is None or prompts.device != self.device:
             prompts = self._prompts[layout] = self._place(self._rows(*layout))
         images = next((len(learned) for learned in (context, attribute) if learned is not None), 1)
         vectors = None if context is None or not context_tokens else context.flatten(1, -2)
@@ -122,7 +122,7 @@ class PrefixTextEncoder(nn.Module):
     def embed_words(self, text: str) -> Float[Tensor, "tokens width"]:
         """The tower's token embeddings of a text's words: where context vectors may start from."""
         (row,), (bare,) = self._tokenizer.rows([text]), self._tokenizer.rows([""])
-        words = torch.tensor(row[1 : len(row) - len(bare) + 1], device=self._device, dtype=torch.int64)
+        words = torch.tensor(row[1 : len(row) - len(bare) + 1], device=self.device, dtype=torch.int64)
         return self._tower.token_embedding.detach()[words]
 
     def embed_classes(self, context_tokens: int) -> Float[Tensor, "classes tokens width"]:
@@ -130,7 +130,7 @@ class PrefixTextEncoder(nn.Module):
         token, class name, what follows it, and padding up to the context they leave; as `end` puts them in order."""
         length = self._tower.context_length - context_tokens
         rows = self._rows(0, attribute=False, class_specific=False)
-        tokens = torch.tensor([self._tokenizer.pad(row)[:length] for row in rows], device=self._device)
+        tokens = torch.tensor([self._tokenizer.pad(row)[:length] for row in rows], device=self.device)
         return self._tower.token_embedding.detach()[tokens]
 
     def extra_repr(self) -> str:
@@ -142,7 +142,8 @@ class PrefixTextEncoder(nn.Module):
         return self._tower.token_embedding.shape[1]
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Of the tower."""
         return self._tower.token_embedding.device
 
     def _rows(self, context_tokens: int, attribute: bool, class_specific: bool) -> list[list[int]]:
@@ -162,8 +163,8 @@ class PrefixTextEncoder(nn.Module):
         """Rows as the tower takes them, on its device: copied at every call, they would make the host wait for it."""
         with torch.inference_mode(False):  # a later call's backward pass may need them
             if isinstance(self._tower, DenseTower):
-                return torch.tensor([self._tokenizer.pad(row) for row in rows], device=self._device)
-            return PackedPrompts.pack(rows, self._device)
+                return torch.tensor([self._tokenizer.pad(row) for row in rows], device=self.device)
+            return PackedPrompts.pack(rows, self.device)
 
     def _encode(
         self, prompts: PackedPrompts | Tensor, context: Tensor | None, attribute: Tensor | None
@@ -205,8 +206,8 @@ class PrefixTextEncoder(nn.Module):
         for name, tensor in given.items():
             if not tensor.is_floating_point():
                 raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-            if tensor.device != self._device:
-                raise ValueError(f"{name}: expected on the device of the tower ({self._device}), got {tensor.device}")
+            if tensor.device != self.device:
+                raise ValueError(f"{name}: expected on the device of the tower ({self.device}), got {tensor.device}")
         sizes = {len(tensor) for tensor in given.values()}
         images = max(sizes, default=1)
         if sizes - {1, images}:

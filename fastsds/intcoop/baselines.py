@@ -88,6 +88,7 @@ class CoOp(PromptedCLIP):
         if class_specific:
             start = start.repeat(len(self.classnames), 1, 1)
         self.context = nn.Parameter(start)
+        self.to(next(clip.parameters()).device)
 
     def for_classes(self, classnames: Sequence[str]) -> CoOp:
         """
@@ -131,5 +132,5 @@ class CoCoOp(PromptedCLIP):
         self.to(next(clip.parameters()).device)
 
     def text_features(self, features: Features) -> Float[Tensor, "images classes dim"]:
-        shift = self.shift(features["embedding"]).unsqueeze(1)
+        shift = self.shift(features["embedding"].to(self.context.dtype)).unsqueeze(1)
         return F.normalize(self.encoder(self.context + shift), dim=-1)

@@ -69,7 +69,7 @@ class AttributeExtractor(nn.Module):
                 x = torch.cat([x[:, :length], prompts], dim=1)
             x = block(x)
         pooled, _ = self.visual._pool(x[:, :length])  # type: ignore[operator]
-        return self.head(pooled)
+        return self.head(pooled.to(self.head.weight.dtype))
 
 
 @torch.no_grad()

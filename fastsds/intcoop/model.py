@@ -137,16 +137,19 @@ class IntCoOp(PromptedCLIP):
         for word in dict.fromkeys(attributes):
             if word not in self._handwritten_features:
                 prompts = [self.handwritten.format(attribute=word, classname=name) for name in self.classnames]
-                self._handwritten_features[word] = F.normalize(self.encoder.encode_text(prompts), dim=-1)
-        return torch.stack([self._handwritten_features[word] for word in attributes])
+                with self._without_autocast():
+                    self._handwritten_features[word] = F.normalize(self.encoder.encode_text(prompts), dim=-1)
+        return torch.stack([self._handwritten_features[word] for word in attributes]).to(self.encoder.device)
 
     @torch.no_grad()
     def attribute_targets(self, attributes: Sequence[str]) -> Float[Tensor, "images width"]:
         """What `A(I)` is to be near to for each image's attribute, computed once per attribute."""
         new = [word for word in dict.fromkeys(attributes) if word not in self._targets]
         if new:
-            self._targets |= dict(zip(new, attribute_embeddings(self.encoder, new, self.attribute_space), strict=True))
-        return torch.stack([self._targets[word] for word in attributes])
+            with self._without_autocast():
+                embedded = attribute_embeddings(self.encoder, new, self.attribute_space)
+            self._targets |= dict(zip(new, embedded, strict=True))
+        return torch.stack([self._targets[word] for word in attributes]).to(self.encoder.device)
 
     @torch.no_grad()
     def explain(
@@ -170,6 +173,10 @@ class IntCoOp(PromptedCLIP):
         names, similarities = nearest_words(predicted, chosen, self.attribute_targets(chosen), top)
         classes = self._similarity(features, self._text_features(features, predicted)).argmax(dim=1)
         return Explanation(names, similarities, [self.classnames[index] for index in classes.tolist()])
+
+    def _without_autocast(self) -> torch.autocast:
+        """For what is kept, which must not depend on who asked first."""
+        return torch.autocast(self.encoder.device.type, enabled=False)
 
     def _text_features(self, features: Features, attribute: Tensor) -> Tensor:
         return F.normalize(self.encoder(self.conditioned(features["patches"]), attribute), dim=-1)

@@ -121,7 +121,9 @@ class PromptedCLIP(nn.Module):
         return self
 
     def _similarity(self, features: Features, text: Tensor) -> Tensor:
-        image = features["embedding"]
+        image, text = (
+            tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (features["embedding"], text)
+        )
         product = image @ text[0].T if len(text) == 1 else torch.einsum("nd,nkd->nk", image, text)
         return self.clip.logit_scale.exp() * product  # type: ignore[operator]
 
@@ -167,6 +169,7 @@ class ConditionedContext(nn.Module):
         nn.init.zeros_(self.attention.out_proj.weight)
 
     def forward(self, patches: Float[Tensor, "images patches image_width"]) -> Float[Tensor, "images length width"]:
+        patches = patches.to(self.context.dtype)
         context = self.context.expand(len(patches), -1, -1)
         attended, _ = self.attention(context, patches, patches, need_weights=False)
         return context + attended

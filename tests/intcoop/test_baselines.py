@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -111,3 +112,31 @@ def test_options_of_the_encoder_reach_it_for_new_classes_too(clip: Any, clip_tok
     model = CoOp(clip, CLASSNAMES, tokenizer=clip_tokenizer, class_chunk=2, class_position="front")
     other = model.for_classes(["cross"])
     assert (other.encoder.class_chunk, other.encoder.class_position) == (2, "front")
+
+
+@pytest.mark.parametrize("context_init", ["a photo of a", None])
+def test_the_context_lies_where_the_model_does(clip: Any, clip_tokenizer: Any, context_init: str | None) -> None:
+    clip.to("meta")
+    getattr(clip, "text", clip).attn_mask = torch.full((12, 12), -torch.inf).triu(1)  # is looked at
+    assert CoOp(clip, CLASSNAMES, tokenizer=clip_tokenizer, context_init=context_init).context.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", [ZeroShot, CoOp, CoCoOp, IntCoOp])
+def test_clip_of_another_dtype(clip: Any, clip_tokenizer: Any, images: Tensor, method: Any, dtype: torch.dtype) -> None:
+    """What is learned stays float32; logits are of float32 or wider, and near those of the same weights in float32."""
+    clip.to(dtype)
+    torch.manual_seed(1)
+    expected = method(copy.deepcopy(clip).float(), CLASSNAMES, tokenizer=clip_tokenizer)(images.to(dtype).float())
+    torch.manual_seed(1)
+    model = method(clip, CLASSNAMES, tokenizer=clip_tokenizer)
+    logits = model(images.to(dtype))
+    assert logits.dtype == torch.promote_types(dtype, torch.float32)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
+    assert (logits - expected).abs().max() <= tolerance * clip.logit_scale.exp()
+    assert {parameter.dtype for parameter in model.trained_parameters().values()} <= {torch.float32}
+    loss = model.losses(model.encode_images(images.to(dtype)), torch.tensor([0, 1, 2]), ["red", "blue", "red"]).loss
+    assert loss.dtype == logits.dtype
+    for parameter in model.trained_parameters().values():
+        (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+        assert gradient.isfinite().all()

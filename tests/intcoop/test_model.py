@@ -109,6 +109,20 @@ def test_handwritten_prompts_are_encoded_once(model: IntCoOp, monkeypatch: pytes
     assert model.for_classes(["cross"]).handwritten_features(["red"]).shape == (1, 1, 32)
 
 
+def test_what_is_kept_does_not_depend_on_autocast(model: IntCoOp) -> None:
+    expected = copy.deepcopy(model).handwritten_features(["red"])
+    with torch.autocast("cpu", torch.bfloat16):
+        model.handwritten_features(["red"])
+    assert torch.equal(model.handwritten_features(["red"]), expected)
+
+
+def test_what_is_kept_follows_the_model_to_its_device(model: IntCoOp) -> None:
+    model.handwritten_features(["red"])
+    model.attribute_targets(["red"])
+    model.to("meta")
+    assert model.handwritten_features(["red"]).device.type == model.attribute_targets(["red"]).device.type == "meta"
+
+
 def test_clip_stays_in_evaluation_mode(model: IntCoOp) -> None:
     model.train()
     assert model.extractor.training
