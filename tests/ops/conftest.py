@@ -77,6 +77,22 @@ def _multiplying_interpreter() -> None:
     InterpreterBuilder.create_dot = multiply_widened
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _indexing_interpreter() -> None:
+    """Triton 3.6's interpreter asks NumPy for the number in an array of one, which NumPy 2.5 refuses."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or not TOOLS["triton"]:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_with_index
+
+
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The backend that is forced for this test, and the device on which its new tensors lie: `triton-cuda`."""
