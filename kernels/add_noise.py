@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsds.kernels import tiles
 
-MAX_WARPS = 4
+MAX_WARPS, ELEMENTS_PER_THREAD = 4, 16
 
 
 @triton.jit(do_not_specialize=["batch_offset"])
@@ -25,20 +25,20 @@ def add_noise_kernel(
     pixels: tl.int64,
     CHANNELS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """`alpha_t z + sigma_t eps` for one tile of one latent and all its draws, in float32 (float64 for float64 `z`)."""
     COMPUTE: tl.constexpr = tl.float64 if latents.dtype.element_ty == tl.float64 else tl.float32
     image, tile = tiles.locate(numel, TILE)
-    offset = tile * TILE + tl.arange(0, TILE)
-    mask = offset < numel
+    offset, mask = tiles.offsets(tile, numel, FULL, TILE)
     key = tl.load(seed)
     z = tl.load(latents + image * numel + offset, mask=mask).to(COMPUTE)
     for draw in range(draws):
         row = image * draws + draw
         alpha, sigma = tl.load(alpha_t + row).to(COMPUTE), tl.load(sigma_t + row).to(COMPUTE)
         first = (batch_offset * draws + row) * numel
-        eps = tiles.noise(key, first, tile, pixels, CHANNELS, ALIGNED, TILE).to(COMPUTE)
+        eps = tiles.noise(key, first, tile, pixels, CHANNELS, ALIGNED, FULL, TILE).to(COMPUTE)
         tiles.store(noised + row * numel + offset, tl.fma(sigma, eps, alpha * z), mask)
 
 
@@ -75,7 +75,7 @@ def add_noise(
 ) -> None:
     """Fills `noised`, which is contiguous or channels-last."""
     channels_last = tiles.is_channels_last(noised)
-    options = tiles.launch_options(latents.shape[1:], channels_last, MAX_WARPS)
+    options = tiles.launch_options(latents.shape[1:], channels_last, MAX_WARPS, ELEMENTS_PER_THREAD)
     grid = (latents.shape[0] * triton.cdiv(options["numel"], options["TILE"]),)
     with torch.cuda.device_of(latents):
         add_noise_kernel[grid](
@@ -92,7 +92,7 @@ def add_noise_backward(
 ) -> None:
     """Fills `grad_latents`, which is contiguous or channels-last."""
     channels_last = tiles.is_channels_last(grad_latents)
-    options = tiles.launch_options(grad_latents.shape[1:], False, MAX_WARPS)
+    options = tiles.launch_options(grad_latents.shape[1:], False, MAX_WARPS, ELEMENTS_PER_THREAD)
     grid = (grad.shape[0] * triton.cdiv(options["numel"], options["TILE"]),)
     with torch.cuda.device_of(grad):
         add_noise_backward_kernel[grid](

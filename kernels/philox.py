@@ -42,26 +42,34 @@ def normal(seed, element):
 
 @triton.jit
 def _box_muller(first, second):
-    """`sqrt(-2 log u) * (cos 2 pi v, sin 2 pi v)`.
-
-    The angle is reduced in turns, which is exact; the library's functions reduce radians, on the stack when those
-    are large. The polynomials in the quarter turn's remainder, in [-1/2, 1/2], are minimax fits, good to float32.
-    """
-    radius = tl.sqrt(-2.0 * tl.log(_uniform(first)))
-    quarters = _uniform(second) * 4.0
-    shifted = quarters + 12582912.0  # 1.5 * 2**23: the sum is rounded to an integer, which its low bits hold
-    quadrant = shifted.to(tl.int32, bitcast=True)
-    rest = quarters - (shifted - 12582912.0)
+    """`sqrt(-2 log u) * (cos 2 pi v, sin 2 pi v)`, u and v the uniforms of two words."""
+    # Whole half turns are taken off v exactly, and each turns the signs of both.
+    angle = second.to(tl.float32)
+    shifted = tl.fma(angle, 2.0**-31, 12582912.0)  # 1.5 * 2**23: rounded to an integer, which its low bits hold
+    rest = tl.fma(angle, 2.0**-31, 12582912.0 - shifted)
+    sign = shifted.to(tl.int32, bitcast=True) << 31
+    radius = tl.sqrt(_minus_twice_log(_uniform(first)))
+    radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    # Minimax polynomials of cos and sin of pi times the rest, in [-1/2, 1/2].
     square = rest * rest
-    sine = tl.fma(square, tl.fma(square, -0.004601657848, 0.07968003276), -0.6459634602)
-    sine = rest * tl.fma(square, sine, 1.570796322)
-    cosine = tl.fma(square, tl.fma(square, 9.067033147e-4, -0.0208615146), 0.2536694091)
-    cosine = tl.fma(square, tl.fma(square, cosine, -1.233700549), 1.0)
-    odd = (quadrant & 1) != 0
-    x, y = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
-    x = tl.where(((quadrant + 1) & 2) != 0, -x, x)
-    y = tl.where((quadrant & 2) != 0, -y, y)
-    return radius * x, radius * y
+    cosine = tl.fma(square, tl.fma(square, 0.22008065, -1.33209386), 4.05845134)
+    cosine = tl.fma(square, tl.fma(square, cosine, -4.93479552), 1.0)
+    sine = tl.fma(square, tl.fma(square, 0.07765941, -0.59829216), 2.55007766)
+    sine = tl.fma(square, tl.fma(square, sine, -5.16771009), 3.14159264) * rest
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def _minus_twice_log(u):
+    """`-2 log u` for u in (0, 1]: u is 2**e (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), and log(1 + f) / f a polynomial."""
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -0x800000  # e * 2**23
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(f, tl.fma(f, 0.20213768, -0.32445152), 0.34501663)
+    p = tl.fma(f, tl.fma(f, p, -0.39800332), 0.49939818)
+    p = tl.fma(f, tl.fma(f, p, -0.66670118), 1.0000073)
+    p = tl.fma(f, p, -1.9999999)
+    return tl.fma(exponent.to(tl.float32), -1.38629436 * 2.0**-23, p * f)
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastsds.kernels import tiles
 
-MAX_WARPS = 16
-MAX_WARPS_FOR_SUMS = 8  # twice the registers per thread, where the sums of several draws lie in them
+MAX_WARPS, ELEMENTS_PER_THREAD = 16, 8
+# Twice the registers per thread, where the sums of several draws lie in them.
+MAX_WARPS_FOR_SUMS, ELEMENTS_PER_THREAD_FOR_SUMS = 8, 4
 REGISTERS_FOR_SUMS = 8
 
 
@@ -44,12 +45,13 @@ def sds_loss_kernel(
     SUMS: tl.constexpr,
     CHANNELS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """`weight * mean((eps_hat - eps)**2)` of one draw, or, for a gradient that sums over them, of a latent's draws.
 
     All in the type of `loss`: float32, or float64 for float64 latents. The order of every sum is fixed. `GROUP` is a
-    power of two not below the draws of one program; each of them has `SUMS` partial sums in registers.
+    power of two not below the draws of one program; where they are several, each has `SUMS` partial sums.
     """
     COMPUTE: tl.constexpr = loss.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
@@ -61,11 +63,11 @@ def sds_loss_kernel(
         image = program
     key = tl.load(seed)
     scale = tl.cast(guidance_scale, COMPUTE)
-    squares = tl.zeros([GROUP, SUMS], COMPUTE)
+    to_mean = tl.full([], 2.0, COMPUTE) / numel
+    squares = tl.zeros([TILE] if GROUP == 1 else [GROUP, SUMS], COMPUTE)
     draw = tl.arange(0, GROUP)
     for tile in range(tl.cdiv(numel, TILE)):
-        offset = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
-        mask = offset < numel
+        offset, mask = tiles.offsets(tl.cast(tile, tl.int64), numel, FULL, TILE)
         if LATENTS_ROW_MAJOR:
             at_latents = image * numel + tiles.row_major(offset, pixels, CHANNELS)
         else:
@@ -82,7 +84,7 @@ def sds_loss_kernel(
                 unguided = tl.load(uncond + at, mask=mask, other=0.0).to(COMPUTE)
                 guided = tl.fma(scale, guided - unguided, unguided)
             start = batch_offset * draws * numel + row * numel
-            eps = tiles.noise(key, start, tl.cast(tile, tl.int64), pixels, CHANNELS, ALIGNED, TILE).to(COMPUTE)
+            eps = tiles.noise(key, start, tl.cast(tile, tl.int64), pixels, CHANNELS, ALIGNED, FULL, TILE).to(COMPUTE)
             slope, slope_latents = alpha, alpha
             if PREDICTION_TYPE == "epsilon":
                 residual = guided - eps
@@ -96,8 +98,11 @@ def sds_loss_kernel(
             else:
                 residual = slope * (guided - (eps - z))
             residual = tl.where(mask, residual, 0.0)
-            square = tl.sum(tl.reshape(residual * residual, [SUMS, TILE // SUMS]), axis=1)
-            squares += tl.where(draw[:, None] == index, square[None, :], 0.0)
+            if GROUP == 1:
+                squares = tl.fma(residual, residual, squares)
+            else:
+                square = tl.sum(tl.reshape(residual * residual, [SUMS, TILE // SUMS]), axis=1)
+                squares += tl.where(draw[:, None] == index, square[None, :], 0.0)
             if grad is not None:
                 grad_row = image * grad_batch_stride + (row - image * draws) * grad_draw_stride
                 upstream = tl.load(grad + grad_row).to(COMPUTE) * tl.load(weight + row).to(COMPUTE)
@@ -105,7 +110,7 @@ def sds_loss_kernel(
                     in_latents = tl.fma(upstream, residual, in_latents)
                     in_guided = tl.zeros([TILE], COMPUTE)
                 else:
-                    in_guided = (upstream * 2.0 / numel) * residual
+                    in_guided = (upstream * to_mean) * residual
                     if PREDICTION_TYPE != "epsilon":
                         in_latents = tl.fma(slope_latents, in_guided, in_latents)
                         in_guided = slope * in_guided
@@ -118,6 +123,8 @@ def sds_loss_kernel(
                     tiles.store(grad_uncond + at, (1.0 - scale) * in_guided, mask)
         if grad_latents is not None:
             tiles.store(grad_latents + at_latents, in_latents, mask)
+    if GROUP == 1:
+        squares = squares[None, :]
     rows = first_row + draw
     weights = tl.load(weight + rows, mask=draw < count, other=0.0).to(COMPUTE)
     tl.store(loss + rows, weights * (tl.sum(squares, axis=1) / numel), mask=draw < count)
@@ -177,11 +184,11 @@ def _launch(
     batch, draws = alpha_t.shape
     channels_last = tiles.is_channels_last(prediction if grad_prediction is None else grad_prediction)
     group = 1 if grad_latents is None else triton.next_power_of_2(max(draws, 1))
-    max_warps = MAX_WARPS if group == 1 else MAX_WARPS_FOR_SUMS
-    options = tiles.launch_options(latents.shape[1:], channels_last, max_warps)
+    one, several = (MAX_WARPS, ELEMENTS_PER_THREAD), (MAX_WARPS_FOR_SUMS, ELEMENTS_PER_THREAD_FOR_SUMS)
+    options = tiles.launch_options(latents.shape[1:], channels_last, *(one if group == 1 else several))
     if group > 1:  # the assembler would rather spill a little than run fewer programs at a time
         options["maxnreg"] = 255
-    threads = options["TILE"] // tiles.ELEMENTS_PER_THREAD
+    threads = 32 * options["num_warps"]
     # A channels-last teacher often has contiguous latents, which the kernel reads where they lie.
     row_major = channels_last and latents.is_contiguous()
     with (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsds.kernels import philox
 
-ELEMENTS_PER_THREAD = 4  # one counter of the noise
+FOUR = tl.constexpr(4)  # elements in a row are one thread's: those of a counter of the noise
 
 
 @triton.jit
@@ -29,7 +29,16 @@ def locate(numel, TILE: tl.constexpr):
 
 
 @triton.jit
-def noise(seed, first, tile, pixels, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+def offsets(tile, numel, FULL: tl.constexpr, TILE: tl.constexpr):
+    """The places in memory of a tile's elements, and whether they lie within the latent; where `FULL`, all do."""
+    offset = tl.max_contiguous(tile * TILE + tl.arange(0, TILE), FOUR)
+    return offset, tl.full([TILE], True, tl.int1) if FULL else offset < numel
+
+
+@triton.jit
+def noise(
+    seed, first, tile, pixels, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr, TILE: tl.constexpr
+):
     """The normals of tile number `tile` of a draw, float32 `[TILE]`, in the order of memory.
 
     `first` is the draw's first element in the noise, `CHANNELS` 1 for a contiguous latent, all of whose elements are
@@ -37,8 +46,11 @@ def noise(seed, first, tile, pixels, CHANNELS: tl.constexpr, ALIGNED: tl.constex
     """
     if ALIGNED:  # every four pixels of a channel are one counter
         lane = tl.arange(0, TILE // 4)
-        block = tile * (TILE // 4 // CHANNELS) + lane // CHANNELS + (lane % CHANNELS) * (pixels // 4)
-        n0, n1, n2, n3 = philox.normals(seed, first // 4 + block)
+        if CHANNELS == 1 and FULL:  # the tile's first counter is a multiple of their number: nothing is carried
+            block = ((first >> 2) + tile * (TILE // 4)) | lane
+        else:
+            block = (first >> 2) + tile * (TILE // 4 // CHANNELS) + lane // CHANNELS + lane % CHANNELS * (pixels // 4)
+        n0, n1, n2, n3 = philox.normals(seed, block)
         four = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [TILE // 4, 2, 2]
         if CHANNELS > 1:
             four = tl.trans(tl.reshape(four, [TILE // 4 // CHANNELS, CHANNELS, 4]), 0, 2, 1)
@@ -85,14 +97,17 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() >= 4 and not tensor.is_contiguous() and tensor.movedim(-3, -1).is_contiguous()
 
 
-def launch_options(latent: tuple[int, ...], channels_last: bool, max_warps: int) -> dict[str, Any]:
-    """The arguments of a launch that follow from the shape of one latent; no result depends on `max_warps`."""
+def launch_options(
+    latent: tuple[int, ...], channels_last: bool, max_warps: int, elements_per_thread: int
+) -> dict[str, Any]:
+    """The arguments of a launch that follow from the shape of one latent; no noise depends on the last two."""
     numel, channels = math.prod(latent), latent[0] if channels_last else 1
-    per_warp = 32 * ELEMENTS_PER_THREAD
+    per_warp = 32 * elements_per_thread
     warps = min(max_warps, triton.next_power_of_2(max(1, triton.cdiv(numel, per_warp))))
     tile, pixels = warps * per_warp, numel // channels
     aligned = pixels % 4 == 0 and channels.bit_count() == 1 and 4 * channels <= tile
     return {
-        "numel": numel, "pixels": pixels, "CHANNELS": channels, "ALIGNED": aligned, "TILE": tile, "num_warps": warps,
+        "numel": numel, "pixels": pixels, "CHANNELS": channels, "ALIGNED": aligned, "FULL": numel % tile == 0,
+        "TILE": tile, "num_warps": warps,
         "enable_fp_fusion": False,  # sums and products are fused where a kernel says so, in all its variants alike
     }  # fmt: skip

@@ -201,7 +201,7 @@ def test_loss_and_gradients_in_one_pass_are_those_of_autograd(case: Case, jacobi
         upstream, prediction, latents, case.alpha_t, case.sigma_t, case.weight, case.seed,
         prediction_type=case.prediction_type, jacobian=jacobian, **options,
     )  # fmt: skip
-    assert torch.equal(result.loss, loss)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-14, atol=0)  # a launch of another shape sums in another order
     for actual, wanted in zip(result[1:], (*expected, *[None] * (3 - len(expected))), strict=True):
         assert (actual is None) == (wanted is None)
         if wanted is not None:
