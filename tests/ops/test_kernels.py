@@ -127,15 +127,17 @@ def test_a_step_is_three_launches_and_nothing_else(
 ) -> None:
     """Noise, loss with gradients, and the noise's backward: no op of PyTorch copies, casts or fills around them."""
     monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "triton")
-    latents, prediction = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 4, 8, 8).bfloat16()
+    latents = torch.randn(2, 4, 8, 8, device=DEVICE)
+    prediction = torch.randn(2, 3, 4, 8, 8, device=DEVICE).bfloat16()
     if latents_layout == "channels_last":
         latents = _channels_last(latents)
     if teacher == "channels_last":
         prediction = _channels_last(prediction)
-    coefficient, seed, full = torch.rand(2, 3), torch.tensor(1), jacobian == "full"
-    upstream = torch.ones(()).expand(2, 3)  # as the backward of a sum gives it
+    coefficient, seed = torch.rand(2, 3, device=DEVICE), torch.tensor(1, device=DEVICE)
+    full = jacobian == "full"
+    upstream = torch.ones((), device=DEVICE).expand(2, 3)  # as the backward of a sum gives it
     needs = [full, not full or prediction_type != "epsilon", full and guided]
-    serve = {op: _dispatch.choose(op, "cpu").function for op in _dispatch.ops() if "noise" in op or "sds" in op}
+    serve = {op: _dispatch.choose(op, DEVICE).function for op in _dispatch.ops() if "noise" in op or "sds" in op}
     with _Count() as count:
         serve["add_noise"](latents, coefficient, coefficient, seed, torch.bfloat16, 0)
         serve["sds_loss_backward"](

@@ -302,9 +302,14 @@ def test_compiles_as_one_graph() -> None:
     ],
 )  # fmt: skip
 def test_messages(changes: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"batch": 2, "draws": 2, "seed": torch.tensor(0)}
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        sample_timesteps(_tables(10), **{**arguments, **changes})
+    tables = _tables(10)
+    device = tables.alpha.device
+    arguments: dict[str, Any] = {"batch": 2, "draws": 2, "seed": torch.tensor(0), **changes}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and not value.is_meta:
+            arguments[name] = value.to(device)
+    with pytest.raises(RuntimeError, match=re.escape(message.replace("(cpu)", f"({device})"))):
+        sample_timesteps(tables, **arguments)
 
 
 @pytest.mark.parametrize("t_range", [(0.02, 0.98), (0, 1.0), (torch.tensor(0), 5)])
