@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import timing, unet, verify_gpu
-from benchmarks.verify_gpu import Step, missing_wheels, plan, run_steps
+from benchmarks.verify_gpu import Step, ended_well, missing_wheels, plan, run_steps
 from fastsds.toyworld import models
 
 TINY_UNET = models.UNET_CONFIG
@@ -37,7 +37,7 @@ def test_every_step_is_kept_whatever_the_others_do(tmp_path: Path) -> None:
         Step("measures", _python(f"open({str(figures)!r}, 'w').write('[1, 2]')"), 60, figures=figures),
     ]
     saved: list[list[str]] = []
-    records = run_steps(steps, lambda done: saved.append([record["status"] for record in done]))
+    records = run_steps([[step] for step in steps], lambda done: saved.append([record["status"] for record in done]))
     missing = "not run: no no-such-program was found"
     assert [record["status"] for record in records] == ["failed", "failed", "timed out", missing, "passed", "passed"]
     assert saved == [[record["status"] for record in records[: done + 1]] for done in range(len(steps))]
@@ -48,10 +48,35 @@ def test_every_step_is_kept_whatever_the_others_do(tmp_path: Path) -> None:
     assert records[5]["figures"] == [1, 2]
 
 
+def test_steps_of_a_group_run_side_by_side(tmp_path: Path) -> None:
+    """Each waits for what the other leaves."""
+    program = "import sys, time, pathlib; mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
+    program += "while not other.exists(): time.sleep(0.05)"
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    group = [Step("one", [*_python(program), one, two], 60), Step("two", [*_python(program), two, one], 60)]
+    saved: list[int] = []
+    records = run_steps([group, [Step("last", _python("pass"), 60)]], lambda done: saved.append(len(done)))
+    assert [record["status"] for record in records] == ["passed"] * 3
+    assert records[2]["name"] == "last" and saved == [1, 2, 3]
+
+
+def test_what_takes_the_time_that_is_left_may_lack_it_but_not_fail(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.json"
+    writes = f"import time; open({str(cut)!r}, 'w').write('{{'); time.sleep(600)"
+    steps = [
+        Step("fails", _python("raise SystemExit(1)"), 60, optional=True),
+        Step("is cut off", _python(writes), 3, figures=cut, optional=True),
+        Step("hangs", _python("import time; time.sleep(600)"), 1),
+    ]
+    records = run_steps([[step] for step in steps], lambda _: None)
+    assert [ended_well(record) for record in records] == [False, True, False]
+    assert records[1]["status"] == "timed out" and records[1]["figures"].startswith("not readable")
+
+
 def test_the_budget_ends_a_step_and_those_after_it() -> None:
     start = time.monotonic()
     steps = [Step("hangs", _python("import time; time.sleep(600)"), 600), Step("comes late", _python("pass"), 60)]
-    records = run_steps(steps, lambda _: None, budget_seconds=2)
+    records = run_steps([[step] for step in steps], lambda _: None, budget_seconds=2)
     assert [record["status"] for record in records] == ["timed out", "not run: the 2 s were spent"]
     assert time.monotonic() - start < 60
 
@@ -60,7 +85,7 @@ def test_a_step_ends_with_the_processes_it_started(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    (record,) = run_steps([Step("has a child", _python(parent), 1)], lambda _: None)
+    (record,) = run_steps([[Step("has a child", _python(parent), 1)]], lambda _: None)
     assert record["status"] == "timed out"
     time.sleep(5)
     assert not mark.exists()
@@ -73,7 +98,7 @@ def test_wheels_of_what_is_installed_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_plan_names_files_that_exist(tmp_path: Path) -> None:
-    steps = plan(tmp_path, tmp_path, [tmp_path / "a.whl"], "a-gpu", "9.0")
+    steps = [step for group in plan(tmp_path, tmp_path, [tmp_path / "a.whl"], "a-gpu", "9.0") for step in group]
     assert [step.name for step in steps][:2] == ["wheels", "build"]
     assert steps[1].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     paths = [word for step in steps for word in step.command if word.startswith("tests")]
