@@ -102,16 +102,17 @@ class CaptionSource:
     def _read(self, progress: bool) -> Pairs:
         kind = detect_format(self.path) if self.format == "auto" else self.format
         path, text = Path(self.path).expanduser(), os.path.expanduser(self.path)  # a pattern may begin with ~ as well
+        root = None if self.images is None else self.images.expanduser()
         named = {"image_column": self.image_column, "caption_column": self.caption_column}
         columns: dict[str, Any] = {name: column for name, column in named.items() if column is not None}
         if kind == "csv":
-            return read_csv(path, separator=self.separator, root=self.images, **columns)
+            return read_csv(path, separator=self.separator, root=root, **columns)
         if kind == "coco":
-            return read_coco(path, self.images)
+            return read_coco(path, root)
         if kind == "webdataset":
             return read_webdataset(text, self.caption_column or "caption", progress=progress)
         if kind == "huggingface":
-            return read_huggingface(text, split=self.split, root=self.images, **columns)
+            return read_huggingface(text, split=self.split, root=root, **columns)
         return read_folder(path, **columns)
 
 

@@ -85,3 +85,6 @@ def test_the_home_folder_may_be_abbreviated(
         for path in (tmp_path / "set").iterdir():
             shard.add(path, path.name)
     assert colours(load("~/{0..0}.tar")) == [(pictures.colour(1), "one")]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "pairs.csv").write_text("filepath,title\na.png,one\n", encoding="utf-8")
+    assert colours(load("~/lists/pairs.csv", images=Path("~/set"))) == [(pictures.colour(1), "one")]
