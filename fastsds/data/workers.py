@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext, ForkProcess, ForkServerProcess, SpawnProcess
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def worker_options(workers: int) -> dict[str, Any]:
@@ -50,11 +51,24 @@ class _HeldBack:
     def start(self) -> None:
         if self._start_method != "fork":
             resource_tracker.ensure_running()  # it lets signals through when it is started
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        # A mask holds for one thread, and another may take the signal: Python's handlers, too, have to wait.
+        handled = threading.current_thread() is threading.main_thread() and None not in handlers.values()
+        late: list[int] = []
         try:
+            if handled:
+                for number in _SIGNALS:
+                    signal.signal(number, lambda number, frame: late.append(number))
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             super().start()  # type: ignore[misc]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if handled:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+            for missed in late:
+                signal.raise_signal(missed)
 
 
 class _ForkWorker(_HeldBack, ForkProcess):

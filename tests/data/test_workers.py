@@ -9,12 +9,13 @@ import pytest
 from fastsds.data.workers import worker_context
 
 INTERRUPTED_FORK = """
-import os, signal
+import os, signal, threading
 from torch.utils.data import DataLoader
 from fastsds.data.workers import worker_options
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=threading.Event().wait, daemon=True).start()  # the system may give the signal to it
 os.register_at_fork(after_in_parent=interrupt, after_in_child=interrupt)
 try:
     print(len(list(DataLoader(range(4), **worker_options(1)))))
