@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -86,6 +88,8 @@ _GENERAL = (
     ("--help", "of fastsds, or of a command"),
     ("--version", ""),
 )
+_BROKEN_PIPE = 141  # as shells have it for SIGPIPE
+_python_format = warnings.formatwarning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,21 +97,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 where something failed (one line on standard error says what), 2 where the command line
-        does not serve, 130 where the user interrupted.
+        does not serve, 130 where the user interrupted, 141 where who reads the output has gone.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    _speak_any_language()
     if not debug:
         _hush_libraries()
     try:
-        return _run(words)
+        status = _run(words)
+        sys.stdout.flush()
+        return status
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted")
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return _BROKEN_PIPE
         if debug:
             traceback.print_exc()
         else:
@@ -115,8 +124,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _speak_any_language() -> None:
+    """A character that a terminal's encoding lacks is spelt by its number, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _hush_libraries() -> None:
-    """Leaves out what libraries say of how they call one another, and what the one line of an error says again."""
+    """Leaves out what libraries say of how they call one another, and what the one line of an error says again.
+
+    Warnings of fastsds are one line, as its errors are.
+    """
+    warnings.formatwarning = _format_warning
     warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -188,6 +208,24 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, ValueError | RuntimeError | OSError) and text:
         return text
     return f"{type(error).__name__}: {text}; --debug shows where".replace(": ;", ";")
+
+
+def _nobody_reads() -> bool:
+    """Whether who reads the output has gone; what is left of it is dropped then, or Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"fastsds: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
 
 
 def _complain(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -112,6 +113,66 @@ def test_options_that_are_missing_are_named(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["distill", "--batch-size", "4"]) == 2
     said = "expected --clip.name and --captions.path, got none; see fastsds distill --help"
     assert capsys.readouterr().err == f"fastsds: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "expected"),
+    [("--train.steps", "five", "None or INT"), ("--sds.t-range", "9", "None or INT INT")],
+)
+def test_options_of_another_type_are_named(
+    option: str, given: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = ["--clip.name", "toyworld", "--captions.path", "captions.json"]
+    assert cli.main(["distill", *needed, option, given]) == 2
+    said = f"{option}: expected {expected}, got '{given}'; see fastsds distill --help"
+    assert capsys.readouterr().err == f"fastsds: {said}\n"
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta:9:9"])
+def test_devices_that_are_not_here_are_named(device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "dog").mkdir()
+    for name in ("cat", "dog"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
+    words = ["evaluate", "zeroshot", "--clip.name", "toyworld", "--data", str(tmp_path), "--device", device]
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastsds: device: expected auto, cpu or a device that is here, got {device!r}: ")
+    assert error.count("\n") == 1
+
+
+def test_who_reads_no_further_sees_no_error() -> None:
+    """The output is more than a pipe holds."""
+    code = """
+import sys
+from fastsds import cli
+from fastsds.commands import info
+info.run_info = lambda _: print("x" * (1 << 20))
+sys.exit(cli.main(["info"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 141
+
+
+def test_a_terminal_that_lacks_characters_is_no_error() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    words = [sys.executable, "-m", "fastsds", "demö"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "fastsds: dem\\xf6: there is no such command; did you mean demo?\n"
+
+
+def test_warnings_of_ours_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    own = warnings.formatwarning(UserWarning("attention: no xformers"), UserWarning, cli.__file__, 1)
+    assert own == "fastsds: attention: no xformers\n"
+    others = warnings.formatwarning(UserWarning("text"), UserWarning, __file__, 1)
+    assert others.startswith(f"{__file__}:1: UserWarning: text")
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])

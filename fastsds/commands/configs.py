@@ -84,8 +84,13 @@ def read_config(path: Path, kind: type[Config], command: str = "") -> Config:
 def save_config(path: Path, config: Any, command: str) -> None:
     """Writes every option of a config, so that `fastsds <command> --config <path>` runs it again."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, config_text(config, command))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(config_text(config, command), encoding="utf-8")
+    staging.write_text(text, encoding="utf-8")
     staging.replace(path)
 
 
@@ -129,6 +134,9 @@ def _unboxed(text: str) -> str:
     _, said, *advice = (" ".join(part.split()) for part in re.split(r"[─-]{8,}", bare))
     if said.startswith("Missing from"):
         return f"expected {' and '.join(re.findall(r'(?<= )--[^ ]+', said))}, got none"
+    unfit = re.match(r"Error parsing (\S+): no type matching (.+?) could be instantiated from \[(.*?)\]\.", said)
+    if unfit is not None:
+        return f"{unfit[1]}: expected {re.sub('[{}]', '', unfit[2]).replace('|', ' or ')}, got {unfit[3]}"
     close = [found[0] for part in advice if "you meant" in part and (found := re.search(r"--[\w.-]+", part))]
     return re.sub(r"^Error parsing \w+: ", "", said) + "".join(f"; did you mean {option}?" for option in close)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from fastsds.clip.source import ClipSource, LoadedCLIP
-from fastsds.commands.configs import FILE_NAME, default_workers, is_main_process, save_config, say
+from fastsds.commands.configs import default_workers, is_main_process, say
 from fastsds.commands.latents import fit_projector, with_latents
-from fastsds.commands.runs import BAD_IMAGES, fit, open_run, resumable
+from fastsds.commands.runs import BAD_IMAGES, fit, recorded, run_folder
 from fastsds.data.captions import CaptionDataset
 from fastsds.data.loader import caption_loader
 from fastsds.data.source import CaptionSource
@@ -114,26 +113,24 @@ class DistillRun:
     winoground: Path | None = None
     """A Winoground folder that is measured every `train.evaluate_every` steps and at the end."""
     resume: bool = False
-    """Go on from the last checkpoint in `train.out`."""
+    """Go on from the last checkpoint in `train.out`; where there is none the run starts."""
 
 
 def run_distill(config: DistillRun) -> None:
     """Loads, fits the projector, trains, and leaves the run with its config in `train.out`."""
     out = config.train.out
     accelerator = start_accelerator(config.train.mixed_precision, config.train.accumulation)
-    open_run(accelerator, out, resume=config.resume)
-    clip = config.clip.load(accelerator.device)
-    wants_teacher = config.sds.sds_weight > 0 or config.ranking.weight > 0
-    teacher = config.teacher.load(accelerator.device) if wants_teacher else None
-    progress = config.train.progress and is_main_process()
-    dataset = config.captions.load(
-        clip.preprocess, clip.tokenizer, seed=config.train.seed, bad_images=out / BAD_IMAGES, progress=progress
-    )
-    distiller = make_distiller(config, clip, teacher)
-    if is_main_process():
-        save_config(out / FILE_NAME, dataclasses.replace(config, resume=False), "distill")
-    with resumable(out, "distill"):
-        _train(config, clip, teacher, dataset, distiller)
+    with run_folder(accelerator, out, resume=config.resume):
+        clip = config.clip.load(accelerator.device)
+        wants_teacher = config.sds.sds_weight > 0 or config.ranking.weight > 0
+        teacher = config.teacher.load(accelerator.device) if wants_teacher else None
+        progress = config.train.progress and is_main_process()
+        dataset = config.captions.load(
+            clip.preprocess, clip.tokenizer, seed=config.train.seed, bad_images=out / BAD_IMAGES, progress=progress
+        )
+        distiller = make_distiller(config, clip, teacher)
+        with recorded(out, config, "distill"):
+            _train(config, clip, teacher, dataset, distiller)
     _report(out, dataset)
 
 

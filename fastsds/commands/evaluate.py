@@ -198,6 +198,15 @@ def run_retrieval(config: RetrievalEvaluation) -> None:
 
 
 def pick_device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected auto, cpu or a device that is here, got {name!r}: {reason}") from None
+    return name

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from fastsds.clip.errors import ClipSourceError, one_line_errors
 from fastsds.clip.prompts import ClassPosition
 from fastsds.clip.source import ClipSource, LoadedCLIP
-from fastsds.commands.configs import FILE_NAME, is_main_process, parse, save_config, say
+from fastsds.commands.configs import FILE_NAME, is_main_process, parse, say
 from fastsds.commands.fewshot import FewShotSource, Loading, accuracy, base_to_novel, harmonic_mean
 from fastsds.commands.results import save_results
-from fastsds.commands.runs import fit, open_run, resumable
+from fastsds.commands.runs import fit, recorded, run_folder
 from fastsds.data.fewshot import FewShotDataset, FewShotSplit
 from fastsds.evaluation.base_to_novel import classification_accuracy
 from fastsds.intcoop.attributes import AttributeSpace
@@ -88,30 +88,28 @@ class IntCoOpRun:
     """Images per step (not known)."""
     loading: Loading = field(default_factory=Loading)
     resume: bool = False
-    """Go on from the last checkpoint in `train.out`."""
+    """Go on from the last checkpoint in `train.out`; where there is none the run starts."""
 
 
 def run_intcoop(config: IntCoOpRun) -> None:
     """Trains, measures on the test images, and leaves run, config and results in `train.out`."""
     out = config.train.out
     accelerator = start_accelerator(config.train.mixed_precision, config.train.accumulation)
-    open_run(accelerator, out, resume=config.resume)
-    split = config.data.load()
-    few = (
-        split
-        if config.train.shots is None or config.method == "zeroshot"
-        else split.few_shot(config.train.shots, config.train.seed)
-    )
-    if config.base_to_novel:
-        few = few.base()
-    if config.method == "intcoop":
-        few = config.data.with_attributes(few)
-    clip = config.clip.load(accelerator.device)
-    model = make_model(config, clip, few.classnames)
-    if is_main_process():
-        save_config(out / FILE_NAME, dataclasses.replace(config, resume=False), "intcoop")
-    with resumable(out, "intcoop"):
-        _train_and_measure(config, model, split, few, clip)
+    with run_folder(accelerator, out, resume=config.resume):
+        split = config.data.load()
+        few = (
+            split
+            if config.train.shots is None or config.method == "zeroshot"
+            else split.few_shot(config.train.shots, config.train.seed)
+        )
+        if config.base_to_novel:
+            few = few.base()
+        if config.method == "intcoop":
+            few = config.data.with_attributes(few)
+        clip = config.clip.load(accelerator.device)
+        model = make_model(config, clip, few.classnames)
+        with recorded(out, config, "intcoop"):
+            _train_and_measure(config, model, split, few, clip)
 
 
 def _train_and_measure(
