@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,6 +25,7 @@ from fastsds.sdsclip.projector import LatentProjector
 from fastsds.sdsclip.ranking import hard_targets, ranking_loss, soft_targets
 
 SDSOn = Literal["image", "text", "both"]
+MAX_LOGIT_SCALE = math.log(100)  # Radford et al., ICML 2021, section 2.5
 
 
 class DistillOutput(NamedTuple):
@@ -48,7 +50,8 @@ class SDSDistiller(nn.Module):
         clip: an open_clip `CLIP` or `CustomTextCLIP`. Parameters that are not tuned are frozen in place.
         teacher: the diffusion model, or None without the losses that ask it.
         sds_weight: lambda (*secondary*: 1e-3).
-        tune: `layernorm` (*stated*), `projector`, `all` or a regular expression over CLIP's parameter names.
+        tune: `layernorm` (*stated*), `projector`, `all` or a regular expression over CLIP's parameter names; the
+            logit scale, where it is tuned, does not rise above 100, and a bias of the logits is not tuned.
         teacher_batch: latents per U-Net call; the gradient does not depend on it, the memory does.
         sds_on: the embeddings that are judged: the image's (*stated*), the caption's through the same projector
             (ours), or both.
@@ -97,6 +100,8 @@ class SDSDistiller(nn.Module):
             raise ValueError(f"teacher: expected a DiffusionTeacher, because sds_weight is {sds_weight}, got None")
         self.clip = clip
         self.tuned = set_tuned(clip, tune)
+        self._leave_bias()
+        self._max_logit_scale = max(MAX_LOGIT_SCALE, float(clip.logit_scale.max()))  # type: ignore[arg-type, operator]
         self.sds_weight = sds_weight
         self.sds_on = sds_on
         self.normalize = normalize
@@ -186,7 +191,7 @@ class SDSDistiller(nn.Module):
         image_embedding = self.clip.encode_image(images)  # type: ignore[operator]
         text_embedding = self.clip.encode_text(tokens)  # type: ignore[operator]
         image_features, text_features = F.normalize(image_embedding, dim=-1), F.normalize(text_embedding, dim=-1)
-        logit_scale = self.clip.logit_scale.exp()  # type: ignore[operator]
+        logit_scale = self._logit_scale()
         contrastive = _contrastive_loss()(image_features, text_features, logit_scale)
         zero = contrastive.new_zeros(())
         sds = zero
@@ -240,6 +245,19 @@ class SDSDistiller(nn.Module):
                 yield self.clip.encode_image(images, normalize=self.normalize), latents  # type: ignore[operator]
 
         return self.projector.fit_ridge(pairs(), ridge)
+
+    def _leave_bias(self) -> None:
+        """A bias of all logits (SigLIP's) changes none of the losses: it would never get the gradient it waits for."""
+        if getattr(self.clip, "logit_bias", None) is not None and self.tuned.pop("logit_bias", None) is not None:
+            self.clip.logit_bias.requires_grad_(False)  # type: ignore[operator, union-attr]
+
+    def _logit_scale(self) -> Float[Tensor, ""]:
+        """At most 100, or what it was before: where it is tuned, the parameter itself is held there, as CLIP's was."""
+        parameter: Tensor = self.clip.logit_scale  # type: ignore[assignment]
+        if parameter.requires_grad and self.training:
+            with torch.no_grad():
+                parameter.clamp_(max=self._max_logit_scale)
+        return parameter.exp()
 
     def _keep_frozen_statistics(self) -> None:
         for module in self.clip.modules():

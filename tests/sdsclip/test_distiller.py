@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,50 @@ def test_tune_chooses_what_is_trained(clip: Any, teacher: Any, tune: str, clips:
         clips = {f"clip.{name}" for name, _ in clip.named_parameters()}
     distiller = SDSDistiller(clip, teacher, tune=tune)
     assert set(distiller.trained_parameters()) == clips | {"projector.linear.weight", "projector.linear.bias"}
+
+
+@pytest.mark.parametrize("tune", ["all", "^logit"])
+def test_a_bias_of_the_logits_is_not_tuned(tune: str, batch: dict[str, Any], clip_tokenizer: Any) -> None:
+    """No parameter is left without a gradient, which several processes would wait for."""
+    text = {"context_length": models.CONTEXT_LENGTH, "vocab_size": len(clip_tokenizer.tokenizer), "pool_type": "last"}
+    clip = open_clip.CustomTextCLIP(
+        embed_dim=32,
+        vision_cfg={"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "pool_type": "avg"},
+        text_cfg={**text, "width": 32, "heads": 2, "layers": 1, "no_causal_mask": True, "proj_bias": True},
+        init_logit_bias=-10.0,
+    )
+    distiller = SDSDistiller(clip, None, sds_weight=0, tune=tune)
+    distiller(**batch).loss.backward()
+    trained = distiller.trained_parameters()
+    assert "clip.logit_scale" in trained and "clip.logit_bias" not in trained
+    assert all(parameter.grad is not None for parameter in trained.values())
+    assert "logit_bias" not in distiller.identity()["tuned"] and not clip.logit_bias.requires_grad
+
+
+@pytest.mark.parametrize(("start", "highest"), [(99.0, 100.0), (120.0, 120.0)])
+def test_a_tuned_logit_scale_does_not_rise_above_100(
+    clip: Any, batch: dict[str, Any], start: float, highest: float
+) -> None:
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(start))
+    distiller = SDSDistiller(clip, None, sds_weight=0, tune="^logit_scale$").train()
+    with torch.no_grad():
+        clip.logit_scale.add_(1.0)  # a step of an optimizer
+    distiller(**batch).loss.backward()
+    assert clip.logit_scale.exp().item() == pytest.approx(highest)
+    assert clip.logit_scale.grad.abs() > 0  # it may fall again
+    with torch.no_grad():
+        clip.logit_scale.sub_(1.0)
+    distiller(**batch)
+    assert clip.logit_scale.exp().item() == pytest.approx(highest / math.e)
+
+
+def test_a_frozen_logit_scale_is_left_as_it_is(clip: Any, batch: dict[str, Any]) -> None:
+    distiller = SDSDistiller(clip, None, sds_weight=0).train()
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(150.0))
+    assert distiller(**batch).contrastive.item() == pytest.approx(_contrastive_by_hand(clip, batch), rel=1e-4)
+    assert clip.logit_scale.exp().item() == pytest.approx(150.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"jacobian": "skip", "draws": 2}, {"sds_on": "both", "guidance_scale": 3.0}])
