@@ -170,7 +170,7 @@ def in_queries_kernel(
         mask = (key < prefix)[:, None] & (depth < dim)[None, :]
         to = in_prefix + share[:, None] + depth[None, :]
         tl.store(to, product(tl.trans(in_score.to(asked.dtype)), asked, COMPUTE), mask=mask)
-        of_values = images.to(tl.int64) * blocks * prefix * heads * dim
+        of_values = tl.cast(images, tl.int64) * blocks * prefix * heads * dim
         tl.store(to + of_values, product(tl.trans(weights.to(asked.dtype)), upstream, COMPUTE), mask=mask)
         if NEEDS_Q:
             total += product(in_score.to(asked.dtype), keys, COMPUTE)

@@ -187,7 +187,7 @@ def _launch(
     one, several = (MAX_WARPS, ELEMENTS_PER_THREAD), (MAX_WARPS_FOR_SUMS, ELEMENTS_PER_THREAD_FOR_SUMS)
     options = tiles.launch_options(latents.shape[1:], channels_last, *(one if group == 1 else several))
     if group > 1:  # the assembler would rather spill a little than run fewer programs at a time
-        options["maxnreg"] = 255
+        options = {**options, "maxnreg": 255}
     threads = 32 * options["num_warps"]
     # A channels-last teacher often has contiguous latents, which the kernel reads where they lie.
     row_major = channels_last and latents.is_contiguous()

@@ -7,8 +7,9 @@ channels-last one has the channels of each pixel together, so that a tile of it 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,15 +98,19 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() >= 4 and not tensor.is_contiguous() and tensor.movedim(-3, -1).is_contiguous()
 
 
+@functools.lru_cache(maxsize=1024)  # a launch of a small batch takes no longer than this does
 def launch_options(
     latent: tuple[int, ...], channels_last: bool, max_warps: int, elements_per_thread: int
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """The arguments of a launch that follow from the shape of one latent; no noise depends on the last two."""
     numel, channels = math.prod(latent), latent[0] if channels_last else 1
-    per_warp = 32 * elements_per_thread
+    pixels = numel // channels
+    fours = pixels % 4 == 0 and channels.bit_count() == 1
+    # Without fours every element makes a counter of its own: more of them than four would not fit the registers.
+    per_warp = 32 * (elements_per_thread if fours else 4)
     warps = min(max_warps, triton.next_power_of_2(max(1, triton.cdiv(numel, per_warp))))
-    tile, pixels = warps * per_warp, numel // channels
-    aligned = pixels % 4 == 0 and channels.bit_count() == 1 and 4 * channels <= tile
+    tile = warps * per_warp
+    aligned = fours and 4 * channels <= tile
     return {
         "numel": numel, "pixels": pixels, "CHANNELS": channels, "ALIGNED": aligned, "FULL": numel % tile == 0,
         "TILE": tile, "num_warps": warps,

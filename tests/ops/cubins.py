@@ -92,8 +92,11 @@ def sds_loss_variants() -> Variants:
 
 
 def prefix_attention_variants() -> Variants:
-    images, prefix, prompts, tokens = 4, 6, 100, 350
-    for dtype, ends_only in itertools.product((F32, BF16, F16, F64), (False, True)):
+    prefix, prompts, tokens = 6, 100, 350
+    # The compiler takes a size of 1 for a constant.
+    for (dtype, images), ends_only in itertools.product(
+        ((F32, 4), (BF16, 4), (F16, 4), (F64, 4), (BF16, 1)), (False, True)
+    ):
         heads = TEXT_WIDTHS[0] // HEAD_WIDTH
         head = (heads, HEAD_WIDTH)
         q = tensor(images, prompts if ends_only else tokens, *head, dtype=dtype)

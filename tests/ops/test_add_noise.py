@@ -219,6 +219,17 @@ def test_batch_offset_past_32_bits(oracle: Any) -> None:
     torch.testing.assert_close(noised.double(), expected, rtol=1e-6, atol=5e-6)
 
 
+@pytest.mark.parametrize("numel", [2048, 2052])
+def test_counters_on_both_sides_of_32_bits(oracle: Any, numel: int) -> None:
+    """Where the counter's upper word begins to count: between two latents that fill whole blocks, and within one."""
+    latents, alpha_t, sigma_t, seed = _inputs((2, numel), draws=1)
+    offset = 2**34 // numel - (numel == 2048)
+    noised = add_noise(latents, alpha_t, sigma_t, seed, batch_offset=offset)
+    assert offset * numel < 2**34 < (offset + 2) * numel
+    expected = _expected(oracle, latents, alpha_t, sigma_t, start=offset * numel)
+    torch.testing.assert_close(noised.double(), expected, rtol=1e-6, atol=5e-6)
+
+
 def test_gradient_in_float64(backend: str) -> None:
     latents, alpha_t, sigma_t, seed = _inputs((2, 3, 2, 2), draws=3, dtype=torch.float64)
     latents.requires_grad_()
