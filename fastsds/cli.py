@@ -6,6 +6,7 @@ import difflib
 import inspect
 import io
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -88,6 +89,7 @@ _GENERAL = (
     ("--help", "of fastsds, or of a command"),
     ("--version", ""),
 )
+_OUTPUT = 1  # standard output's file descriptor
 _BROKEN_PIPE = 141  # as shells have it for SIGPIPE
 _python_format = warnings.formatwarning
 
@@ -211,13 +213,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _nobody_reads() -> bool:
-    """Whether who reads the output has gone; what is left of it is dropped then, or Python would complain at its end."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    """Whether who reads the output has gone; the rest of it is dropped then, or Python would complain at its end."""
+    poll = select.poll()
+    poll.register(_OUTPUT, 0)  # asks for what comes unasked: errors
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _OUTPUT)
+    return True
 
 
 def _format_warning(

@@ -192,6 +192,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(
         (ValueError("lr: expected\n  a number"), 1, "lr: expected a number"),
         (ZeroDivisionError("division"), 1, "ZeroDivisionError: division; --debug shows where"),
         (AssertionError(), 1, "AssertionError; --debug shows where"),
+        (BrokenPipeError(32, "Broken pipe"), 1, "[Errno 32] Broken pipe"),  # of another pipe
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt("saved; go on with --resume"), 130, "saved; go on with --resume"),
     ],
