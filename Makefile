@@ -65,8 +65,8 @@ wheel-cuda: install $(NVCC)  ## Build the wheel with CUDA kernels into dist/; ne
 bench: install  ## Measure every op against eager PyTorch and torch.compile.
 	$(BIN)/python -m benchmarks
 
-verify-gpu:  ## Build, test and measure on a CUDA machine, in an environment that has torch.
-	$(PYTHON) benchmarks/verify_gpu.py
+verify-gpu:  ## Build, test and measure on a CUDA machine, in an environment that has torch; WHEELS=DIR holds the rest.
+	$(PYTHON) benchmarks/verify_gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -99,8 +99,8 @@ def test_wheels_of_what_is_installed_are_left_alone(tmp_path: Path) -> None:
 
 def test_plan_names_files_that_exist(tmp_path: Path) -> None:
     steps = [step for group in plan(tmp_path, tmp_path, [tmp_path / "a.whl"], "a-gpu", "9.0") for step in group]
-    assert [step.name for step in steps][:2] == ["wheels", "build"]
-    assert steps[1].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert [step.name for step in steps][:2] == ["build", "wheels"]
+    assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     paths = [word for step in steps for word in step.command if word.startswith("tests")]
     assert paths and all((verify_gpu.ROOT / word).exists() for word in paths)
 
