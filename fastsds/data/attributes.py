@@ -158,10 +158,9 @@ def read_attributes(path: str | Path) -> dict[str, str]:
 
 def _read_lines(path: Path, *, forgive_last: bool = False) -> dict[str, str]:
     try:
-        content = path.read_bytes()
-        if forgive_last:
-            content = content[: content.rfind(b"\n") + 1]
-        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
+        whole, _, last = path.read_bytes().rpartition(b"\n")
+        lines = whole.decode("utf-8-sig").split("\n")
+        lines.append(last.decode("utf-8-sig", "replace" if forgive_last else "strict"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"path: could not read {path}: {error}") from error
     attributes: dict[str, str] = {}
@@ -174,6 +173,8 @@ def _read_lines(path: Path, *, forgive_last: bool = False) -> dict[str, str]:
             row = None
         fields = [row.get(name) if isinstance(row, dict) else None for name in ("path", "attribute")]
         if not all(isinstance(field, str) and field.strip() for field in fields):
+            if forgive_last and number == len(lines):
+                break
             raise DataError(
                 f'path: expected {{"path": …, "attribute": …}} with two texts in line {number} of {path}, got {line!r}'
             )

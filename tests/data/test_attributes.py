@@ -73,6 +73,14 @@ def test_files_of_windows_are_read(tmp_path: Path) -> None:
     assert read_attributes(out) == {"a": "red", "b": "blue"}
 
 
+def test_a_whole_last_line_without_an_end_is_kept(items: list[LabelledImage], tmp_path: Path) -> None:
+    out = tmp_path / "attributes.jsonl"
+    out.write_text('{"path": "of another set", "attribute": "red"}\n{"path": "frog/2.png", "attribute": "green"}')
+    assert len(read_attributes(out)) == 2
+    label_attributes(items, Recorder(), out, progress=False)
+    assert list(read_attributes(out).values()) == ["red", "green", "word 0", "word 1", "word 3", "word 4"]
+
+
 def test_images_without_an_answer_are_counted_and_not_written(items: list[LabelledImage], tmp_path: Path) -> None:
     out = tmp_path / "attributes.jsonl"
     assert label_attributes(items, Recorder(silent=(1, 3)), out, progress=False) == 2
