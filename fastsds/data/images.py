@@ -97,10 +97,13 @@ def image_files(folder: Path, *, subfolders: bool = True) -> list[Path]:
     """The image files of a folder, sorted; without the hidden ones that notebooks and macOS leave there.
 
     A linked folder counts as one in its place, where it was not met before.
+
+    Raises:
+        DataError: a folder that cannot be read.
     """
     found: list[Path] = []
     met: set[str] = set()
-    for place, inner, files in os.walk(folder, followlinks=True):
+    for place, inner, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         if (real := os.path.realpath(place)) in met:
             inner.clear()
             continue
@@ -108,6 +111,10 @@ def image_files(folder: Path, *, subfolders: bool = True) -> list[Path]:
         inner[:] = sorted(name for name in inner if subfolders and not name.startswith("."))
         found += [Path(place, name) for name in files if _is_image(name)]
     return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"path: could not read {error.filename}: {error.strerror}") from error
 
 
 def _is_image(name: str) -> bool:

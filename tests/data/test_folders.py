@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,17 @@ def test_linked_folders_and_files_are_read_once_in_their_place(
     (folder / "d.png").symlink_to(folder / "one.PNG")
     (folder / "d.txt").symlink_to(folder / "one.txt")
     assert list(load(folder).captions) == ["picture 2", "picture 3", "picture 1", "picture 1"]
+
+
+def test_a_subfolder_that_cannot_be_read_is_named(folder: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images would be missing without a word. Permissions do not stop the root user, whom tests may run as."""
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"path: could not read .*set.b: Permission denied"):
+        load(folder)
