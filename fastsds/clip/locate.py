@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fastsds.clip.errors import ClipSourceError, first_line, one_line_errors
+from fastsds.hub import NotOnHubError, is_fetched, require_on_hub
 
 TOYWORLD = "toyworld"
 _SHIPPED = Path(__file__).parents[1] / "toyworld" / "weights" / "clip"
@@ -97,15 +98,22 @@ def _require_weights(architecture: str, pretrained: str | None) -> None:
 
 
 def _locate_on_hub(identifier: str, cache_dir: Path | None) -> Location:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    on_hub = Location("open_clip", f"hf-hub:{identifier}")
     with one_line_errors(f"name: {identifier}"):
+        if is_fetched(identifier, OPEN_CLIP_CONFIG, cache_dir):
+            return on_hub
         try:
-            hf_hub_download(identifier, OPEN_CLIP_CONFIG, cache_dir=cache_dir)
-        except EntryNotFoundError:
-            return Location("transformers", identifier)
-    return Location("open_clip", f"hf-hub:{identifier}")
+            require_on_hub(identifier, OPEN_CLIP_CONFIG)
+        except NotOnHubError as error:
+            absent = isinstance(error.__cause__, EntryNotFoundError)
+            if absent or is_fetched(identifier, TRANSFORMERS_CONFIG, cache_dir):
+                return Location("transformers", identifier)
+            raise ClipSourceError(
+                f"name: {identifier} is no folder, nothing of it was fetched, and the hub does not give it: {error}"
+            ) from error
+    return on_hub
 
 
 def _unknown(name: str) -> ClipSourceError:

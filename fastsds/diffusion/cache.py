@@ -47,7 +47,10 @@ class TensorCache:
             raise ValueError(f"max_bytes: expected at least 1, got {max_bytes}")
         self.folder = Path(folder).expanduser()
         self.max_bytes = max_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cache: could not make the folder {self.folder}: {error.strerror}") from error
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of `key`, on the CPU, or None."""

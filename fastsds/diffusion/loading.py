@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastsds.diffusion.families import FAMILIES, SDXL, SUPPORTED, UnsupportedTeacherError
+from fastsds.hub import is_fetched, require_on_hub
 
 
 def load_parts(source: str | Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -35,8 +36,10 @@ def load_parts(source: str | Path, dtype: torch.dtype) -> dict[str, Any]:
             )
         source = str(folder)
     try:
+        if not is_path and not is_fetched(str(source), "model_index.json"):
+            require_on_hub(str(source), "model_index.json")
         index = diffusers.DiffusionPipeline.load_config(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         where = "" if is_path else " is no folder, and as a hub id it"
         raise OSError(f"source: {source}{where} could not be loaded: {' '.join(str(error).split())}") from error
     pipeline = index.get("_class_name")

@@ -240,7 +240,11 @@ def test_json_gives_the_source_back_and_finds_folders_from_elsewhere(
         ({"name": str(CLIP_FOLDER), "pretrained": "openai"}, "brings its own weights; expected None, got 'openai'"),
         ({"name": "hf-hub:org/model", "pretrained": "x"}, "hf-hub:org/model brings its own weights"),
         ({"name": str(CLIP_FOLDER.parent)}, "holds neither open_clip_config.json nor config.json"),
-        ({"name": "org/model"}, "name: org/model: could not be loaded: "),
+        (
+            {"name": "org/model"},
+            "name: org/model is no folder, nothing of it was fetched, and the hub does not give it",
+        ),
+        ({"name": "org/a..b"}, "name: org/a..b: could not be loaded: "),
     ],
 )
 def test_a_source_that_there_is_not(source: dict[str, Any], message: str) -> None:
