@@ -160,8 +160,11 @@ def plan(out: Path, scratch: Path, wheels: Sequence[Path], device: str, architec
     workers = ["-n", str(min(6, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 
     def sanitize(tool: str) -> Step:
-        # The tests' own assertions say whether a call of the driver failed; libraries try some that do.
-        command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+        # The imports take longer than it would wait; libraries try calls that the driver refuses, and go on.
+        command = [
+            "compute-sanitizer", "--tool", tool, "--target-processes", "application-only", "--launch-timeout", "150",
+            "--report-api-errors", "no", "--error-exitcode", "9",
+        ]  # fmt: skip
         # Each tensor an allocation of its own, so that a step outside one is seen.
         uncached = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         tests = [*pytest, *OP_TESTS, "-k", SANITIZED]
@@ -242,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document.write_text(json.dumps({"machine": machine, "steps": records}, indent=1) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as scratch:
-        wheels = missing_wheels(options.wheels) if options.wheels is not None else []
+        wheels = missing_wheels(options.wheels.resolve()) if options.wheels is not None else []
         records = run_steps(plan(out, Path(scratch), wheels, slug, architecture), save, options.budget)
     for record in records:
         print(f"{record.get('seconds', 0):>6.1f} s  {record['name']}: {record['status']}")
