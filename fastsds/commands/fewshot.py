@@ -13,7 +13,7 @@ from fastsds.clip.source import LoadedCLIP
 from fastsds.commands.configs import default_workers
 from fastsds.data.attributes import read_attributes
 from fastsds.data.fewshot import FewShotDataset, FewShotSplit, LabelledImage
-from fastsds.data.workers import worker_options
+from fastsds.data.workers import read_batches, worker_options
 from fastsds.evaluation.base_to_novel import BaseToNovelScores
 from fastsds.evaluation.outcomes import Figure, Outcomes
 from fastsds.evaluation.similarity import strict_hits
@@ -106,9 +106,9 @@ def _figure(model: PromptedCLIP, items: Sequence[LabelledImage], clip: LoadedCLI
     model.eval()
     data = FewShotDataset(items, clip.preprocess)
     loader = DataLoader(data, loading.batch_size, **worker_options(loading.workers))
-    hits = torch.cat([strict_hits(model(batch["images"].to(device)), batch["labels"]).cpu() for batch in loader])
+    hits = [strict_hits(model(batch["images"].to(device)), batch["labels"]).cpu() for batch in read_batches(loader)]
     return Figure(
-        tuple(hits.double().tolist()),
+        tuple(torch.cat(hits).double().tolist()),
         tuple(item.key for item in items),
         tuple(item.classname for item in items),
         1 / len(model.classnames),

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from fastsds.data.captions import CaptionDataset
-from fastsds.data.workers import worker_options
+from fastsds.data.workers import read_batches, worker_options
 from fastsds.diffusion.teacher import DiffusionTeacher
 from fastsds.sdsclip.distiller import SDSDistiller
 
@@ -62,7 +62,8 @@ def _views_and_latents(
     views = _Views(dataset, teacher.image_size)
     subset = Subset(views, range(min(images, len(dataset))))
     loader = DataLoader(subset, _BATCH, **worker_options(workers))
-    for preprocessed, pictures, keys in tqdm(loader, desc=bar, unit="batch", disable=None if bar else True):
+    shown = tqdm(read_batches(loader), bar, len(loader), unit="batch", disable=None if bar else True)
+    for preprocessed, pictures, keys in shown:
         yield preprocessed, teacher.encode_images_cached(keys, pictures)
 
 

@@ -6,9 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext, ForkProcess, ForkServerProcess, SpawnProcess
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,6 +35,18 @@ def worker_context(method: str | None = None) -> BaseContext:
     return context
 
 
+def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader, read where Ctrl-C is an exception: not one while workers start or end, which would leave
+    them half made, or be lost in a destructor."""
+    with _signals_held():
+        batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        with _signals_held():
+            del batches
+
+
 def leave_signals(worker: int) -> None:
     """Makes a worker leave Ctrl-C to the training process, which may need it to end its step, and go when told to.
 
@@ -42,33 +58,39 @@ def leave_signals(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Holds signals back in this process, and in those that it starts for good; what came is raised at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    # A mask holds for one thread, and another may take the signal: Python's handlers, too, have to wait.
+    handled = threading.current_thread() is threading.main_thread() and None not in handlers.values()
+    late: list[int] = []
+    try:
+        if handled:
+            for number in _SIGNALS:
+                signal.signal(number, lambda number, frame: late.append(number))
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handled:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        for missed in late:
+            signal.raise_signal(missed)
+
+
 class _HeldBack:
-    """Holds signals back while a process starts: a new one would answer Ctrl-C with a traceback, and Python loses what
-    comes in the middle of a fork."""
+    """Starts with signals held back: a new process would answer Ctrl-C with a traceback."""
 
     _start_method: str
 
     def start(self) -> None:
         if self._start_method != "fork":
             resource_tracker.ensure_running()  # it lets signals through when it is started
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-        # A mask holds for one thread, and another may take the signal: Python's handlers, too, have to wait.
-        handled = threading.current_thread() is threading.main_thread() and None not in handlers.values()
-        late: list[int] = []
-        try:
-            if handled:
-                for number in _SIGNALS:
-                    signal.signal(number, lambda number, frame: late.append(number))
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        with _signals_held():
             super().start()  # type: ignore[misc]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if handled:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-            for missed in late:
-                signal.raise_signal(missed)
 
 
 class _ForkWorker(_HeldBack, ForkProcess):

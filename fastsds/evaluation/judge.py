@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from fastsds.data.workers import worker_options
+from fastsds.data.workers import read_batches, worker_options
 from fastsds.evaluation.examples import CaptionChoice, Pictures, TwoByTwo, check_examples
 from fastsds.evaluation.outcomes import Outcomes, choice_outcomes, pairing_outcomes
 from fastsds.evaluation.similarity import Tokenizer, encode_captions, encode_images, strict_hits
@@ -100,7 +100,7 @@ class ClipJudge:
         on_gpu = next(self.clip.parameters()).device.type == "cuda"
         loader = DataLoader(dataset, self.batch_size, pin_memory=on_gpu, **worker_options(self.workers))
         features, labels = [], []
-        for batch in tqdm(loader, desc="images", unit="batch", disable=None, leave=False):
+        for batch in tqdm(read_batches(loader), "images", len(loader), unit="batch", disable=None, leave=False):
             features.append(encode_images(self.clip, batch["images"], self.batch_size))
             if "labels" in batch:
                 labels.append(batch["labels"])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastsds.data.captions import DataError
 from fastsds.data.fewshot import FewShotDataset, sample_shots
-from fastsds.data.workers import worker_options
+from fastsds.data.workers import read_batches, worker_options
 from fastsds.intcoop.model import IntCoOp
 from fastsds.intcoop.prompts import PromptedCLIP, PromptLosses
 from fastsds.training.config import TrainConfig
@@ -114,7 +114,7 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         device = next(model.parameters()).device
         pieces: list[dict[str, Tensor]] = []
         self._rest: list[dict[str, Any]] = []
-        for batch in loader:
+        for batch in read_batches(loader):
             encoded = model.encode_images(batch.pop("images").to(device))
             pieces.append({name: value.cpu() for name, value in encoded.items()})
             self._rest += [{name: column[row] for name, column in batch.items()} for row in range(len(batch["labels"]))]

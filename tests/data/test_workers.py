@@ -8,25 +8,39 @@ import pytest
 
 from fastsds.data.workers import worker_context
 
-INTERRUPTED_FORK = """
-import os, signal, threading
+INTERRUPTED = """
+import multiprocessing.process, os, signal, sys, threading
 from torch.utils.data import DataLoader
-from fastsds.data.workers import worker_options
+from fastsds.data.workers import read_batches, worker_options
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+def join(self, timeout=None, join=multiprocessing.process.BaseProcess.join):
+    interrupt()
+    return join(self, timeout)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=threading.Event().wait, daemon=True).start()  # the system may give the signal to it
-os.register_at_fork(after_in_parent=interrupt, after_in_child=interrupt)
+if sys.argv[1] == "start":
+    os.register_at_fork(after_in_parent=interrupt, after_in_child=interrupt)
+else:
+    multiprocessing.process.BaseProcess.join = join
+count = 0
 try:
-    print(len(list(DataLoader(range(4), **worker_options(1)))))
+    for batch in read_batches(DataLoader(range(4), **worker_options(2))):
+        count += 1
 except KeyboardInterrupt:
-    print("interrupted")
+    print("interrupted after", count)
 """
 
 
-def test_ctrl_c_in_the_middle_of_a_fork_reaches_the_one_process_and_not_its_worker() -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED_FORK], capture_output=True, text=True, timeout=120)
-    assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 0)
+@pytest.mark.parametrize(("when", "said"), [("start", "interrupted after 0\n"), ("end", "interrupted after 4\n")])
+def test_ctrl_c_is_heard_where_workers_start_and_end_and_leaves_no_traceback(when: str, said: str) -> None:
+    """Python loses what comes in the middle of a fork or in a destructor; workers would answer with a traceback."""
+    words = [sys.executable, "-c", INTERRUPTED, when]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == (said, "", 0)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
