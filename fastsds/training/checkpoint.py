@@ -142,13 +142,12 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 def latest_checkpoint(root: Path) -> Path | None:
     """The checkpoint of the most steps below `root`, or None."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
-    return max(found, key=lambda path: path.name, default=None)
+    return max(_checkpoints(root), default=None)
 
 
 def drop_old(root: Path, keep: int) -> None:
     """Removes all but the last `keep` checkpoints below `root`, and what a killed process had begun to write."""
-    for path in [*sorted(path for path in root.glob("step-*") if path.is_dir())[:-keep], *root.glob(".step-*.partial")]:
+    for path in [*_checkpoints(root)[:-keep], *root.glob(".step-*.partial")]:
         shutil.rmtree(path)
 
 
@@ -173,6 +172,11 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """In order; a folder of another name, such as a copy that a user has made, is none."""
+    return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
 
 
 def _read(path: Path) -> dict[str, Tensor]:

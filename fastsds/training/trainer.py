@@ -257,6 +257,13 @@ class Trainer:
                 f"{folder}: it belongs to a run of {state['total_steps']} steps and this one has {self.total_steps}; "
                 f"the learning rate would not continue. Resume with the data and options of that run"
             )
+        streams = self._trainable.random_streams()
+        if streams.keys() != state["random_streams"].keys():
+            had = ", ".join(state["random_streams"]) or "none"
+            raise checkpoint.CheckpointError(
+                f"{folder}: expected random streams {', '.join(streams) or 'none'}, got {had}; resume with the options "
+                f"of that run"
+            )
         checkpoint.load_tensors(folder, dict(self._trained))
         checkpoint.load_optimizer(folder, self._optimizer.optimizer, state)
         self._step = state["step"]
@@ -270,7 +277,7 @@ class Trainer:
                 self._resumed_random = random
             else:
                 checkpoint.set_random_state(random)
-        for name, stream in self._trainable.random_streams().items():
+        for name, stream in streams.items():
             stream.load_state_dict(_from_json(state["random_streams"][name]))
         if state["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

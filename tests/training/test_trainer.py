@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from fastsds.clip import ModelMismatchError
 from fastsds.diffusion import DiffusionTeacher, TimestepSampler
+from fastsds.diffusion.timesteps import SeedStream
 from fastsds.sdsclip import SDSDistiller
 from fastsds.training import CheckpointError, DistillConfig, DistillTrainer, NonFiniteLossError, Trainer
 from fastsds.training.checkpoint import latest_checkpoint
@@ -337,6 +338,15 @@ def test_the_last_checkpoints_are_kept(toy: Any, loader: Any, config: Any, keep:
     assert result.checkpoint.name == found[-1]
 
 
+def test_a_copy_that_a_user_made_beside_the_checkpoints_stays(toy: Any, loader: Any, config: Any) -> None:
+    copies = [config().out / "checkpoints" / name for name in ("step-00000001-best", "step-best")]
+    for folder in copies:
+        folder.mkdir(parents=True)
+    result = Trainer(toy(), loader(), config(steps=4, save_every=1, keep_checkpoints=2)).fit(resume=True)
+    kept = result.checkpoint.with_name("step-00000003")
+    assert sorted(result.checkpoint.parent.iterdir()) == [copies[0], kept, result.checkpoint, copies[1]]
+
+
 def test_what_a_killed_process_had_begun_to_write_goes(toy: Any, loader: Any, config: Any) -> None:
     begun = config().out / "checkpoints" / ".step-00000009.partial"
     begun.mkdir(parents=True)
@@ -512,6 +522,25 @@ def test_a_run_of_another_length_is_refused(toy: Any, loader: Any, config: Any) 
         CheckpointError, match="step-00000004: it belongs to a run of 4 steps and this one has 9; the learn"
     ):
         Trainer(toy(), loader(), config(steps=9)).fit(resume=True)
+
+
+@pytest.mark.parametrize(("before", "after"), [([], ["noise"]), (["noise", "timesteps"], ["noise"])])
+def test_a_run_of_other_noise_is_refused(
+    toy: Any, loader: Any, config: Any, before: list[str], after: list[str]
+) -> None:
+    """As where the strategy of the timesteps has changed."""
+
+    def module(names: list[str]) -> Any:
+        made = toy()
+        made.random_streams = lambda: {name: SeedStream(0) for name in names}
+        return made
+
+    Trainer(module(before), loader(), config(steps=4)).fit()
+    trainer = Trainer(module(after), loader(), config(steps=4))
+    message = f"step-00000004: expected random streams noise, got {', '.join(before) or 'none'}; resume with the opt"
+    with pytest.raises(CheckpointError, match=message):
+        trainer.fit(resume=True)
+    assert Trainer(module(before), loader(), config(steps=4)).fit(resume=True).step == 4
 
 
 @pytest.mark.parametrize("clip", ["CLIP"], indirect=True)
