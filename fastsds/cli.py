@@ -207,6 +207,8 @@ def _print_columns(rows: Sequence[tuple[str, str]]) -> None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     if isinstance(error, ValueError | RuntimeError | OSError) and text:
         return text
     return f"{type(error).__name__}: {text}; --debug shows where".replace(": ;", ";")

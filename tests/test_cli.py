@@ -192,7 +192,9 @@ def test_debug_shows_the_traceback_wherever_it_stands(
         (ValueError("lr: expected\n  a number"), 1, "lr: expected a number"),
         (ZeroDivisionError("division"), 1, "ZeroDivisionError: division; --debug shows where"),
         (AssertionError(), 1, "AssertionError; --debug shows where"),
-        (BrokenPipeError(32, "Broken pipe"), 1, "[Errno 32] Broken pipe"),  # of another pipe
+        (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),  # of another pipe than the output
+        (OSError(28, "No space left on device", "x/y"), 1, "x/y: No space left on device"),
+        (OSError("out: could not write x"), 1, "out: could not write x"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt("saved; go on with --resume"), 130, "saved; go on with --resume"),
     ],

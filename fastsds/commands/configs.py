@@ -10,12 +10,13 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import tyro
 import yaml
+from safetensors import SafetensorError
 
 Config = TypeVar("Config")
 FILE_NAME = "config.yaml"
@@ -92,6 +93,22 @@ def write_whole(path: Path, text: str) -> None:
     staging = path.with_name(f".{path.name}.partial")
     staging.write_text(text, encoding="utf-8")
     staging.replace(path)
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around what writes `out`.
+
+    Raises:
+        OSError: it could not be written; the message names it and says why.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if reason is None:  # already a message of ours
+            raise
+        raise OSError(f"out: could not write {out}: {reason}") from error
 
 
 def config_text(config: Any, command: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastsds.clip.export import export_open_clip, export_transformers, export_tuned
 from fastsds.clip.source import ClipSource
+from fastsds.commands.configs import writing
 from fastsds.commands.intcoop import load_run, read_run
 from fastsds.intcoop.checkpoints import export_coop
 from fastsds.training.distilled import read_distilled
@@ -44,11 +45,15 @@ def run_export(config: ExportConfig) -> None:
 def _export_clip(config: ExportConfig) -> None:
     tuned = read_distilled(config.run, config.clip if config.clip.name else None)
     if config.format == "tuned":
-        export_tuned(config.out, tuned)
-    elif config.format == "transformers":
-        export_transformers(config.out, tuned.load())
-    else:
-        export_open_clip(config.out, tuned.load(), tuned.source)
+        with writing(config.out):
+            export_tuned(config.out, tuned)
+        return
+    clip = tuned.load()
+    with writing(config.out):
+        if config.format == "transformers":
+            export_transformers(config.out, clip)
+        else:
+            export_open_clip(config.out, clip, tuned.source)
 
 
 def _export_prompts(config: ExportConfig) -> None:
@@ -56,4 +61,5 @@ def _export_prompts(config: ExportConfig) -> None:
     if run.method not in ("coop", "cocoop"):
         raise ValueError(f"format: coop holds prompts of coop and cocoop, got a run of {run.method}")
     model: Any = load_run(config.run)[0]
-    export_coop(config.out, model, epoch=run.train.epochs)
+    with writing(config.out):
+        export_coop(config.out, model, epoch=run.train.epochs)

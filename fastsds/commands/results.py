@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsds.commands.configs import FILE_NAME, config_text, say
+from fastsds.commands.configs import FILE_NAME, config_text, say, writing
 from fastsds.evaluation.compare import compare
 from fastsds.evaluation.outcomes import OUTCOMES_FILE, Outcomes, read_outcomes
 from fastsds.evaluation.tables import comparison_table, results_table, write_results
@@ -48,17 +48,20 @@ def save_results(
         DataError: `before` holds no outcomes.
         ValueError: it holds those of other samples, or `out` holds other files than results. What was measured is
             printed and written all the same.
+        OSError: `out` cannot be written; what was measured is printed all the same.
     """
     earlier = None if before is None else read_outcomes(before)
     say(results_table(outcomes))
     texts = dict(files or {}) | ({} if config is None else {FILE_NAME: config_text(config, command)})
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in (description or {}).items()}
     if out is not None:
-        write_results(out, outcomes, description=plain, files=texts)
+        with writing(out):
+            write_results(out, outcomes, description=plain, files=texts)
         say(f"results: {out / 'results.md'}")
     if earlier is None:
         return
     comparison = compare(earlier, outcomes)
     say(f"before ({before}) and after:\n\n{comparison_table(comparison)}")
     if out is not None:
-        write_results(out, outcomes, comparison=comparison, description=plain, files=texts)
+        with writing(out):
+            write_results(out, outcomes, comparison=comparison, description=plain, files=texts)

@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from fastsds.commands.configs import FILE_NAME, is_main_process, save_config, write_whole
+from fastsds.commands.configs import FILE_NAME, is_main_process, save_config, write_whole, writing
 from fastsds.training.checkpoint import latest_checkpoint
 from fastsds.training.interrupt import TrainingInterrupted
 from fastsds.training.processes import on_main_process
@@ -38,7 +38,8 @@ def run_folder(accelerator: Accelerator, out: Path, *, resume: bool) -> Iterator
             lost = lost and latest_checkpoint(out / "checkpoints") is None
             if not lost and out.exists() and not (resume and out.is_dir()):
                 raise FileExistsError(f"out: {out} exists; go on with --resume, or name another folder")
-            out.mkdir(parents=True, exist_ok=True)
+            with writing(out):
+                out.mkdir(parents=True, exist_ok=True)
             held.enter_context(_locked(out))
             if lost:
                 (out / BAD_IMAGES).unlink(missing_ok=True)  # they may have been mended since

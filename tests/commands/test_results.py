@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from fastsds.commands.configs import writing
 from fastsds.commands.results import save_results
 from fastsds.evaluation import Figure, Outcomes, read_outcomes
 
@@ -30,3 +32,23 @@ def test_results_are_compared_with_those_they_replace(tmp_path: Path) -> None:
     save_results(tmp_path, _outcomes(a=1, b=1), before=tmp_path)
     comparison = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["comparison"]["accuracy"]
     assert (comparison["gained"], comparison["lost"], comparison["difference"]) == (1, 0, 0.5)
+
+
+def test_a_disk_that_refuses_is_named_and_the_table_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(OSError, match=r"^out: could not write .*after: No space left on device$"):
+        save_results(tmp_path / "after", _outcomes(a=1, b=1, c=0))
+    assert list(tmp_path.iterdir()) == []
+    assert "66.7" in capsys.readouterr().out
+
+
+def test_what_is_said_of_a_place_is_not_said_again(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"^out: it exists$"), writing(tmp_path):
+        raise FileExistsError("out: it exists")
+    with pytest.raises(OSError, match=f"^out: could not write {tmp_path}: disk full$"), writing(tmp_path):
+        raise SafetensorError("disk full")
