@@ -175,6 +175,7 @@ def transformers_config(clip: Any) -> dict[str, Any]:
             "max_position_embeddings": text.positional_embedding.shape[0],
             "hidden_size": width,
             "projection_dim": dim,
+            "bos_token_id": vocab_size - 2,  # of CLIP's vocabularies the start token, whatever their size
             "eos_token_id": ARGMAX_EOS if pooling == "argmax" else eos_id,
             **_transformers_tower(text.transformer, [text.ln_final], "clip.text"),
         },

@@ -90,6 +90,7 @@ def test_transformers_reads_its_folder(tuned_clip: LoadedCLIP, photo: Image.Imag
     assert (output.text_embeds - text).abs().max() <= 1e-5 * text.abs().max()
     assert (image - expected[:1]).abs().max() <= 1e-5 * expected[:1].abs().max()
     assert processor.tokenizer.model_max_length == 12
+    assert model.config.text_config.bos_token_id == processor.tokenizer.bos_token_id
 
 
 def test_an_exported_folder_is_a_source(tuned_clip: LoadedCLIP, photo: Image.Image, tmp_path: Path) -> None:
