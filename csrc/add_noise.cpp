@@ -27,11 +27,12 @@ void add_noise_in(const at::Tensor& latents, const at::Tensor& alpha_t, const at
     T in[kBlock], result[kBlock];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / tasks.blocks, offset = task % tasks.blocks * kBlock;
-      const int64_t count = std::min(kBlock, tasks.elements - offset);
-      const T* z = source.read(image * tasks.elements + offset, count, in);
+      const int64_t count = std::min(kBlock, tasks.elements - offset), first_latent = image * tasks.elements + offset;
+      const T* z = source.read(first_latent, count, in);
       for (int64_t draw = image * draws; draw < (image + 1) * draws; ++draw) {
         const int64_t first = draw * tasks.elements + offset;
-        const float* eps = noise(seed, batch_offset * draws * tasks.elements + first, count, noise_buffer);
+        const float* eps = noise(seed, batch_offset * draws * tasks.elements + first, count, noise_buffer,
+                                 {source.region(first_latent, count), target.region(first, count)});
         T* made = target.place(first, result);
         mix(alpha[draw], z, sigma[draw], eps, count, made);
         target.write(first, count, made);

@@ -13,6 +13,13 @@ namespace fastsds {
 #define FASTSDS_DISPATCH(dtype, name, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, __VA_ARGS__)
 
+// Where elements lie in memory; nowhere for an array that is not there.
+inline Region region_of(const void* data, at::ScalarType dtype, int64_t first, int64_t count) {
+  if (data == nullptr) return {};
+  const auto size = static_cast<int64_t>(c10::elementSize(dtype));
+  return {static_cast<const char*>(data) + first * size, count * size};
+}
+
 // A dense input. `read` gives its own memory where no conversion is needed, else fills `buffer`.
 template <typename T>
 class Source {
@@ -22,6 +29,8 @@ class Source {
       : tensor_(tensor.contiguous()), data_(tensor_.const_data_ptr()), dtype_(tensor_.scalar_type()) {}
 
   bool defined() const { return data_ != nullptr; }
+
+  Region region(int64_t first, int64_t count) const { return region_of(data_, dtype_, first, count); }
 
   const T* read(int64_t first, int64_t count, T* buffer) const {
     if (dtype_ == c10::CppTypeToScalarType<T>::value) return static_cast<const T*>(data_) + first;
@@ -52,6 +61,8 @@ class Target {
 
   bool defined() const { return data_ != nullptr; }
 
+  Region region(int64_t first, int64_t count) const { return region_of(data_, dtype_, first, count); }
+
   T* place(int64_t first, T* buffer) const {
     return dtype_ == c10::CppTypeToScalarType<T>::value ? static_cast<T*>(data_) + first : buffer;
   }
@@ -74,12 +85,14 @@ class Target {
   at::ScalarType dtype_ = at::kFloat;
 };
 
-// The noise of the elements `first`, `first + 1`, …; `buffer` has room for kNoiseBuffer.
+// The noise of the elements `first`, `first + 1`, …; `buffer` has room for kNoiseBuffer, and
+// what is used `soon` is fetched meanwhile.
 constexpr int64_t kNoiseBuffer = kBlock + 8;
 
-inline const float* noise(uint64_t seed, uint64_t first, int64_t count, float* buffer) {
+inline const float* noise(uint64_t seed, uint64_t first, int64_t count, float* buffer,
+                          std::initializer_list<Region> soon) {
   const int64_t skipped = static_cast<int64_t>(first % 4);
-  normals(seed, first / 4, (skipped + count + 3) / 4, buffer);
+  normals(seed, first / 4, (skipped + count + 3) / 4, buffer, soon);
   return buffer + skipped;
 }
 

@@ -58,12 +58,13 @@ void residual_pass(const at::Tensor& grad, const at::Tensor& prediction, const a
   auto target_of = [](const at::Tensor& gradient) { return gradient.defined() ? Target<T>(gradient) : Target<T>(); };
   Target<T> grad_text = target_of(gradients[0]), grad_latents = target_of(gradients[1]);
   Target<T> grad_uncond = target_of(gradients[2]);
+  const int wanted = grad_text.defined() + grad_latents.defined() + grad_uncond.defined();
 
   const at::Tensor squares = at::empty({batch * draws, tasks.blocks}, alphas.options());
   T* sums_of_squares = squares.mutable_data_ptr<T>();
   at::parallel_for(0, tasks.count, tasks.grain, [&](int64_t begin, int64_t end) {
     float noise_buffer[kNoiseBuffer];
-    T in_text[kBlock], in_uncond[kBlock], in_latents[kBlock];
+    T text_buffer[kBlock], uncond_buffer[kBlock], latents_buffer[kBlock];
     T combined[kBlock], residuals[kBlock], result[kBlock], sums[kBlock];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / tasks.blocks, block = task % tasks.blocks, offset = block * kBlock;
@@ -71,28 +72,43 @@ void residual_pass(const at::Tensor& grad, const at::Tensor& prediction, const a
       T* sum = grad_latents.place(first_latent, sums);
       for (int64_t draw = image * draws; draw < (image + 1) * draws; ++draw) {
         const int64_t first = draw * tasks.elements + offset;
+        const bool is_first = draw == image * draws;
         const Line<T> line = line_of(options.prediction_type, alpha[draw], sigma[draw]);
-        const T* guided = text.read(first, count, in_text);
+        const uint64_t index = options.batch_offset * draws * tasks.elements + first;
+        const float* eps = nullptr;
+        if (line.reads_eps) {
+          eps = noise(seed, index, count, noise_buffer,
+                      {text.region(first, count), uncond.region(first, count), grad_text.region(first, count),
+                       grad_uncond.region(first, count), grad_latents.region(first_latent, count)});
+        }
+        const T* z = line.reads_latents ? source.read(first_latent, count, latents_buffer) : nullptr;
+        const T* guided = text.read(first, count, text_buffer);
         if (guided_by_uncond) {
-          guide(guided, uncond.read(first, count, in_uncond), text_share, count, combined);
+          guide(guided, uncond.read(first, count, uncond_buffer), text_share, count, combined);
           guided = combined;
         }
-        const uint64_t index = options.batch_offset * draws * tasks.elements + first;
-        const float* eps = line.reads_eps ? noise(seed, index, count, noise_buffer) : nullptr;
-        const T* z = line.reads_latents ? source.read(first_latent, count, in_latents) : nullptr;
-        sums_of_squares[draw * tasks.blocks + block] =
-            residual(guided, eps, line.a, z, line.b, line.slope, count, residuals);
         const T scaled = upstream[draw] * w[draw] * (skip ? T(1) : T(2) / static_cast<T>(tasks.elements));
-        const auto write = [&](const Target<T>& target, T factor) {
-          if (!target.defined()) return;
-          T* made = target.place(first, result);
-          scale(factor, residuals, count, made);
-          target.write(first, count, made);
-        };
-        write(grad_text, text_share * line.slope * scaled);
-        write(grad_uncond, (1 - text_share) * line.slope * scaled);
-        const T in_latents_factor = skip ? scaled : line.slope_latents * scaled;
-        if (grad_latents.defined()) sum_up(draw == image * draws, in_latents_factor, residuals, count, sum);
+        const T in_text = text_share * line.slope * scaled, in_uncond = (1 - text_share) * line.slope * scaled;
+        const T in_latents = skip ? scaled : line.slope_latents * scaled;
+        // A gradient that is the only one is made on the way, several are made from the residuals.
+        T *made = residuals, factor = 1;
+        if (wanted == 1 && grad_text.defined()) made = grad_text.place(first, result), factor = in_text;
+        if (wanted == 1 && grad_latents.defined() && is_first) made = sum, factor = in_latents;
+        sums_of_squares[draw * tasks.blocks + block] =
+            residual(guided, eps, line.a, z, line.b, line.slope, factor, count, made);
+        if (made == residuals) {
+          const auto write = [&](const Target<T>& target, T share) {
+            if (!target.defined()) return;
+            T* to = target.place(first, result);
+            scale(share, residuals, count, to);
+            target.write(first, count, to);
+          };
+          write(grad_text, in_text);
+          write(grad_uncond, in_uncond);
+          if (grad_latents.defined()) sum_up(is_first, in_latents, residuals, count, sum);
+        } else if (grad_text.defined()) {
+          grad_text.write(first, count, made);
+        }
       }
       if (grad_latents.defined()) grad_latents.write(first_latent, count, sum);
     }

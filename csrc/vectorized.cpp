@@ -58,21 +58,22 @@ FASTSDS_INLINE T residual_at(int64_t i, const T* guided, const float* eps, T a, 
 
 // The sum runs in lanes, in an order that the compiler need not change to vectorise it.
 template <bool has_eps, bool has_z, typename T>
-FASTSDS_INLINE T residual_each(const T* guided, const float* eps, T a, const T* z, T b, T slope, int64_t count,
-                               T* __restrict out) {
+FASTSDS_INLINE T residual_each(const T* guided, const float* eps, T a, const T* z, T b, T slope, T factor,
+                               int64_t count, T* __restrict out) {
   constexpr int64_t kLanes = 32;
   T sums[kLanes] = {};
   const int64_t whole = count - count % kLanes;
   for (int64_t first = 0; first < whole; first += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const T value = residual_at<has_eps, has_z>(first + lane, guided, eps, a, z, b, slope);
-      out[first + lane] = value;
+      out[first + lane] = factor * value;
       sums[lane] += value * value;
     }
   }
   for (int64_t i = whole; i < count; ++i) {
-    out[i] = residual_at<has_eps, has_z>(i, guided, eps, a, z, b, slope);
-    sums[i - whole] += out[i] * out[i];
+    const T value = residual_at<has_eps, has_z>(i, guided, eps, a, z, b, slope);
+    out[i] = factor * value;
+    sums[i - whole] += value * value;
   }
   for (int64_t width = kLanes / 2; width > 0; width /= 2) {
     for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
@@ -81,10 +82,11 @@ FASTSDS_INLINE T residual_each(const T* guided, const float* eps, T a, const T* 
 }
 
 template <typename T>
-FASTSDS_INLINE T residual_any(const T* guided, const float* eps, T a, const T* z, T b, T slope, int64_t count, T* out) {
-  if (z == nullptr) return residual_each<true, false>(guided, eps, a, z, b, slope, count, out);
-  if (eps == nullptr) return residual_each<false, true>(guided, eps, a, z, b, slope, count, out);
-  return residual_each<true, true>(guided, eps, a, z, b, slope, count, out);
+FASTSDS_INLINE T residual_any(const T* guided, const float* eps, T a, const T* z, T b, T slope, T factor, int64_t count,
+                              T* out) {
+  if (z == nullptr) return residual_each<true, false>(guided, eps, a, z, b, slope, factor, count, out);
+  if (eps == nullptr) return residual_each<false, true>(guided, eps, a, z, b, slope, factor, count, out);
+  return residual_each<true, true>(guided, eps, a, z, b, slope, factor, count, out);
 }
 
 FASTSDS_FOR("default")
@@ -168,13 +170,36 @@ void philox_words(uint64_t seed, uint64_t first_block, int64_t blocks, Stream st
 }
 #endif
 
-FASTSDS_CLONES
-void normals_of_words(const uint32_t* words, int64_t pairs, float* __restrict out) {
+// Never faults, wherever it points.
+FASTSDS_INLINE void prefetch([[maybe_unused]] const char* line) {
+#if defined(__GNUC__)
+  __builtin_prefetch(line);
+#endif
+}
+
+FASTSDS_INLINE void normals_each(const uint32_t* words, int64_t pairs, float* __restrict out) {
   for (int64_t i = 0; i < pairs; ++i) {
     const Pair pair = box_muller(words[2 * i], words[2 * i + 1]);
     out[2 * i] = pair.first;
     out[2 * i + 1] = pair.second;
   }
+}
+
+// Each step asks for a share of every region, about as many cache lines as can be on their way at a time. The last ones
+// may lie past its end.
+FASTSDS_CLONES
+void normals_of_words(const uint32_t* words, int64_t pairs, float* out, const Region* soon, int64_t regions) {
+  constexpr int64_t kStep = 64, kLine = 64;
+  const int64_t steps = pairs / kStep;
+  for (int64_t step = 0; step < steps; ++step) {
+    for (const Region* region = soon; region != soon + regions; ++region) {
+      const int64_t share = region->bytes / steps;
+      for (int64_t byte = 0; byte < share; byte += kLine) prefetch(region->begin + step * share + byte);
+    }
+    normals_each(words + 2 * kStep * step, kStep, out + 2 * kStep * step);
+  }
+  const int64_t done = steps * kStep;
+  normals_each(words + 2 * done, pairs - done, out + 2 * done);
 }
 
 }  // namespace
@@ -183,12 +208,12 @@ void random_words(uint64_t seed, uint64_t first_block, int64_t blocks, Stream st
   philox_words(seed, first_block, blocks, stream, out);
 }
 
-void normals(uint64_t seed, uint64_t first_block, int64_t blocks, float* out) {
+void normals(uint64_t seed, uint64_t first_block, int64_t blocks, float* out, std::initializer_list<Region> soon) {
   uint32_t words[kBlock];
   for (int64_t done = 0; done < blocks; done += kBlock / 4) {
     const int64_t now = std::min(blocks - done, kBlock / 4);
     philox_words(seed, first_block + done, now, kNoiseStream, words);
-    normals_of_words(words, 2 * now, out + 4 * done);
+    normals_of_words(words, 2 * now, out + 4 * done, soon.begin(), done == 0 ? soon.size() : 0);
   }
 }
 
@@ -199,8 +224,9 @@ void normals(uint64_t seed, uint64_t first_block, int64_t blocks, float* out) {
   FASTSDS_CLONES void guide(const T* text, const T* uncond, T scale, int64_t count, T* out) {                          \
     guide_each(text, uncond, scale, count, out);                                                                       \
   }                                                                                                                    \
-  FASTSDS_CLONES T residual(const T* guided, const float* eps, T a, const T* z, T b, T slope, int64_t count, T* out) { \
-    return residual_any(guided, eps, a, z, b, slope, count, out);                                                      \
+  FASTSDS_CLONES T residual(const T* guided, const float* eps, T a, const T* z, T b, T slope, T factor, int64_t count, \
+                            T* out) {                                                                                  \
+    return residual_any(guided, eps, a, z, b, slope, factor, count, out);                                              \
   }                                                                                                                    \
   FASTSDS_CLONES void scale(T factor, const T* x, int64_t count, T* out) { scale_each(factor, x, count, out); }        \
   FASTSDS_CLONES void accumulate(T factor, const T* x, int64_t count, T* sum) {                                        \
