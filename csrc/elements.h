@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "pages.h"
 #include "vectorized.h"
 
 namespace fastsds {
@@ -57,7 +58,9 @@ class Target {
       : tensor_(tensor),
         dense_(tensor.is_contiguous() ? tensor : at::empty(tensor.sizes(), tensor.options())),
         data_(dense_.mutable_data_ptr()),
-        dtype_(tensor.scalar_type()) {}
+        dtype_(tensor.scalar_type()) {
+    prefer_huge_pages(data_, dense_.nbytes());
+  }
 
   bool defined() const { return data_ != nullptr; }
 

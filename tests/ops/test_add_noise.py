@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastsds.ops import add_noise
 
 LOW_PRECISION = [torch.float32, torch.float16, torch.bfloat16]
 SEED = 1234
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def _inputs(
@@ -187,6 +189,26 @@ def test_views(layout: str) -> None:
     noised = add_noise(view, coefficients[..., 0], coefficients[..., 1], seed)
     assert torch.equal(noised, expected)
     assert torch.equal(buffer, before)
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="the kernel has no huge pages")
+def test_large_results_ask_for_huge_pages(backend: str) -> None:
+    """Mapped anew for each call, which in pages of 4 KiB takes longer than the noise."""
+    if backend != "cpp-cpu":
+        pytest.skip("a matter of the extension's memory")
+    noised = add_noise(torch.zeros(1, 12 * 2**20), torch.ones(1, 1), torch.ones(1, 1), torch.tensor(SEED))
+    assert "hg" in _flags_of_mapping(noised.data_ptr() + noised.nbytes // 2)
+
+
+def _flags_of_mapping(address: int) -> list[str]:
+    """The kernel's flags for the memory at an address: `hg` says that huge pages are wanted."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping at {address:#x}")
 
 
 def test_inputs_are_not_written_to_nor_returned() -> None:
