@@ -23,7 +23,7 @@ def test_smallest_run_writes_its_results(tmp_path: Path) -> None:
         env={**os.environ, "FASTSDS_BACKEND": ""},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     (document,) = tmp_path.glob("*.json")

@@ -240,7 +240,7 @@ def test_an_existing_run_is_not_overwritten(
 def test_as_a_program_with_workers(distil: list[str], distilled: Path, tmp_path: Path) -> None:
     """It ends, and by the numbers of the run in this process."""
     words = [sys.executable, "-m", "fastsds", *distil, "--workers", "2", "--train.out", str(tmp_path / "run")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "the distilled CLIP is in" in done.stdout
     inside, outside = (read_metrics(out / "metrics.jsonl", "train") for out in (distilled, tmp_path / "run"))

@@ -140,7 +140,7 @@ def test_workers_outlive_ctrl_c_and_end_when_told_to(dataset: Callable[[], Capti
         assert len(list(batches)) == IMAGES - len(workers)
         for worker in workers:
             worker.terminate()
-            worker.join(timeout=20)
+            worker.join(timeout=60)
         assert [worker.exitcode for worker in workers] == [0, 0]
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -31,7 +31,7 @@ def _launch(folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
     options = ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [*launcher, *options, str(SCRIPT), str(folder), *names]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, tokenizer_fold
     script.write_text(DISTILLATION, encoding="utf-8")
     killed = {"folder": str(tokenizer_folder), "out": str(tmp_path / "killed"), "save_every": 5, "log_every": 2}
     process = subprocess.run(
-        [sys.executable, str(script), json.dumps({**killed, "kill": 14})], capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), json.dumps({**killed, "kill": 14})], capture_output=True, text=True, timeout=600
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
     # in the middle of the third epoch; the metrics are ahead of the checkpoint and have to be cut
