@@ -77,7 +77,8 @@ def test_words_are_philox_bit_for_bit(oracle: Any, seed: int, first: int, stream
     _words_kernel[(1,)](words, normals, torch.tensor(seed, device=DEVICE), first, STREAM=stream, COUNT=256)
     assert np.array_equal(words.cpu().numpy(), oracle.words(seed, 1024, start=4 * first, stream=stream))
     expected = oracle.noise(seed, (1024,), start=4 * first)
-    torch.testing.assert_close(normals.cpu().double(), expected, rtol=0, atol=1e-6)
+    # A GPU's square root may be off by an ulp.
+    torch.testing.assert_close(normals.cpu().double(), expected, rtol=2**-22, atol=1e-6)
 
 
 class _Count(TorchDispatchMode):
