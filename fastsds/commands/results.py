@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsds.commands.configs import FILE_NAME, config_text, say, writing
+from fastsds.data.files import require_writable
 from fastsds.evaluation.compare import compare
 from fastsds.evaluation.outcomes import OUTCOMES_FILE, Outcomes, read_outcomes
 from fastsds.evaluation.tables import comparison_table, results_table, write_results
@@ -18,10 +19,14 @@ def check_places(out: Path | None, before: Path | None) -> None:
     Raises:
         DataError: `before` holds no outcomes.
         FileExistsError: `out` is something other than a folder of results.
+        PermissionError: `out` cannot be written.
     """
     if before is not None:
         read_outcomes(before)
-    if out is None or not out.exists() or (out / OUTCOMES_FILE).is_file():
+    if out is None:
+        return
+    require_writable(out)
+    if not out.exists() or (out / OUTCOMES_FILE).is_file():
         return
     if not out.is_dir() or any(out.iterdir()):
         raise FileExistsError(f"out: {out} exists and holds no results; name another folder")

@@ -1,8 +1,9 @@
-"""What every reader of data files shares: its error, JSON, and how a message names culprits."""
+"""What readers and writers of files share: an error, JSON, whether a place serves, how a message names culprits."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def read_json(path: Path) -> Any:
         raise DataError(f"path: could not read {path}: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"path: {path} is not JSON: {error}") from error
+
+
+def require_writable(out: Path) -> None:
+    """Before hours of work, whether what comes of it can be written beside and below `out`, which need not exist.
+
+    Raises:
+        PermissionError: it cannot.
+    """
+    place = next(path for path in out.absolute().parents if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise PermissionError(f"out: {out} cannot be written, {place} is read-only or no folder; name another place")
 
 
 def first_names(names: Sequence[Any]) -> str:

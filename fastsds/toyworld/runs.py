@@ -9,12 +9,16 @@ from pathlib import Path
 
 import torch
 
+from fastsds.data.files import require_writable
+
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """
     Raises:
         FileExistsError: `out` exists and `overwrite` is not set, or holds something other than a report.
+        PermissionError: `out` cannot be written.
     """
+    require_writable(out)
     if not out.exists():
         return
     is_report = (out / "report.json").is_file()

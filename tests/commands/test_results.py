@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from fastsds.commands.configs import writing
-from fastsds.commands.results import save_results
+from fastsds.commands.results import check_places, save_results
 from fastsds.evaluation import Figure, Outcomes, read_outcomes
+from fastsds.toyworld.runs import refuse_existing
 
 
 def _outcomes(**hits: int) -> Outcomes:
@@ -52,3 +54,16 @@ def test_what_is_said_of_a_place_is_not_said_again(tmp_path: Path) -> None:
         raise FileExistsError("out: it exists")
     with pytest.raises(OSError, match=f"^out: could not write {tmp_path}: disk full$"), writing(tmp_path):
         raise SafetensorError("disk full")
+
+
+def test_places_that_cannot_be_written_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PermissionError, match=r"^out: .*results cannot be written, .*file is read-only or no folder"):
+        check_places(tmp_path / "file/results", None)
+    check_places(tmp_path / "new/results", None)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)  # root may write everywhere
+    for refuses in (lambda out: check_places(out, None), lambda out: refuse_existing(out, overwrite=True)):
+        with pytest.raises(PermissionError, match=r"^out: .*new/results cannot be written"):
+            refuses(tmp_path / "new/results")
