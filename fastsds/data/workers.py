@@ -90,6 +90,8 @@ class _HeldBack:
         if self._start_method != "fork":
             resource_tracker.ensure_running()  # it lets signals through when it is started
         with _signals_held():
+            if self._start_method != "fork":  # it can be ended while it still imports: it inherits no handler
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             super().start()  # type: ignore[misc]
 
 
