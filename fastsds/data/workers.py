@@ -36,15 +36,11 @@ def worker_context(method: str | None = None) -> BaseContext:
 
 
 def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader, read where Ctrl-C is an exception: not one while workers start or end, which would leave
-    them half made, or be lost in a destructor."""
+    """The batches of a loader, read where Ctrl-C is an exception: not one while workers start, which would leave them
+    half made."""
     with _signals_held():
         batches = iter(loader)
-    try:
-        yield from batches
-    finally:
-        with _signals_held():
-            del batches
+    yield from batches
 
 
 def leave_signals(worker: int) -> None:

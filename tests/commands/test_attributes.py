@@ -36,7 +36,8 @@ def test_answers_to_different_questions_are_not_mixed(
     out = tmp_path / "attributes.jsonl"
     words = ["attributes", "--images", str(tmp_path), "--out", str(out)]
     asked = ["--model", "b/b", "--question", "Which {classname}?"]
-    assert cli.main([*words, "--model", "none"]) == 130  # it came to nothing, and binds to nothing
+    assert cli.main([*words, "--model", "none"]) == 130  # it came to nothing, and leaves nothing
+    assert list(tmp_path.iterdir()) == []
     assert cli.main([*words, *asked]) == 130
     assert cli.main([*words, *asked, "--batch-size", "2"]) == 130  # goes on
     capsys.readouterr()
