@@ -88,7 +88,7 @@ class SDSLoss(nn.Module):
             A float32 scalar (float64 for float64 latents), differentiable once in `latents`.
 
         Raises:
-            ValueError: latents of another size, another number of captions, or another device than the teacher's.
+            ValueError: latents of other channels, another number of captions, or another device than the teacher's.
         """
         self._check(latents, text)
         if seed is None:
