@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+# Before PyTorch is imported: where programs share the cores, threads that spin keep the core from those they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 import torch
