@@ -20,8 +20,12 @@ def slot(vector: int) -> int:
 
 
 def _common(row: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the run that both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row, other, strict=False)))
+    """The length of the run that both begin with; a loop, because PyTorch 2.11 compiles no `takewhile`."""
+    shared = min(len(row), len(other))
+    for at in range(shared):
+        if row[at] != other[at]:
+            return at
+    return shared
 
 
 @dataclass(frozen=True)
