@@ -110,8 +110,9 @@ class OpenClipBlock:
         bias = attention.in_proj_bias
         projected = F.linear(normed, attention.in_proj_weight[rows], None if bias is None else bias[rows])
         heads = projected.unflatten(-1, (len(parts), attention.num_heads, -1)).unbind(-3)
-        norms = {"q": getattr(attention, "ln_q", None), "k": getattr(attention, "ln_k", None)}
-        return tuple(norm(head) if (norm := norms.get(part)) else head for part, head in zip(parts, heads, strict=True))
+        norms: dict[str, Any] = {"q": getattr(attention, "ln_q", None), "k": getattr(attention, "ln_k", None)}
+        # No name is bound in the expression: PyTorch 2.11 does not compile that.
+        return tuple(norms[part](head) if norms.get(part) else head for part, head in zip(parts, heads, strict=True))
 
     def complete(self, x: Tensor, attended: Tensor) -> Tensor:
         block, attention = self.block, self.block.attn
