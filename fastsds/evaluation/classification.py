@@ -143,7 +143,7 @@ def read_templates(source: str | Path) -> tuple[str, ...]:
     if str(source) in ("simple", "openai"):
         import open_clip
 
-        makers = open_clip.SIMPLE_IMAGENET_TEMPLATES if source == "simple" else open_clip.OPENAI_IMAGENET_TEMPLATES
+        makers = open_clip.SIMPLE_IMAGENET_TEMPLATES if str(source) == "simple" else open_clip.OPENAI_IMAGENET_TEMPLATES
         return tuple(make("{}") for make in makers)
     path = Path(source)
     found = read_json(path) if path.suffix == ".json" else _some_lines(path)

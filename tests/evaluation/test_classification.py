@@ -75,10 +75,11 @@ def test_imagenets_names_and_clips_templates_are_open_clips() -> None:
     for source, makers in (
         ("simple", open_clip.SIMPLE_IMAGENET_TEMPLATES), ("openai", open_clip.OPENAI_IMAGENET_TEMPLATES),
     ):  # fmt: skip
-        templates = read_templates(source)
-        assert [template.replace("{}", "polar bear") for template in templates] == [
-            make("polar bear") for make in makers
-        ]
+        for given in (source, Path(source)):  # a path from the command line
+            templates = read_templates(given)
+            assert [template.replace("{}", "polar bear") for template in templates] == [
+                make("polar bear") for make in makers
+            ]
 
 
 @pytest.mark.parametrize(
