@@ -3,9 +3,9 @@
 Wants torch, nvcc and Triton, and takes what else is missing from a folder of wheels, without a network: builds the
 extension for this GPU, runs the ops' tests on it with compute-sanitizer over them at the same time, then, one after
 the other, what is timed: the benchmarks' bars, a step and a large batch with a U-Net of Stable Diffusion 2.1's size,
-the text tower at ImageNet's number of classes. Each step is a process with a limit of its own. One JSON file is
-written again after every step, so that what was done is kept; the exit status is 0 only if every step ended well, but
-that the last may lack the time.
+the text tower at ImageNet's number of classes; then the rest of the test suite and the whole table of benchmarks, for
+which the time may be lacking. Each step is a process with a limit of its own. One JSON file is written again after
+every step, so that what was done is kept; the exit status is 0 only if every step ended well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OP_TESTS = tuple(
     f"tests/ops/test_{op}.py"
     for op in ("add_noise", "sds_loss", "sample_timesteps", "prefix_attention", "embed_prompts")
 )
-GPU_TESTS = ("tests/ops", "tests/diffusion/test_schedule.py")
+GPU_TESTS = ("tests/ops", "tests/diffusion/test_schedule.py", "tests/training/test_gpu.py")
 SANITIZED = (
     "(triton-cuda or cuda-cuda) and (views or sizes or any_latent_shape or empty or replays or gradient)"
     " and not graph and not float64"  # no capture without the caching allocator; gradcheck only repeats its launches
@@ -158,6 +158,7 @@ def plan(out: Path, scratch: Path, wheels: Sequence[Path], device: str, architec
     pip = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet"]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     workers = ["-n", str(min(6, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    rest = [*pytest, *workers, "tests", *(f"--ignore={path}" for path in GPU_TESTS), "-m", "not slow"]
 
     def sanitize(tool: str) -> Step:
         # The imports take longer than it would wait; libraries try calls that the driver refuses, and go on.
@@ -200,6 +201,7 @@ def plan(out: Path, scratch: Path, wheels: Sequence[Path], device: str, architec
         figures("SD 2.1-size U-Net: step", 90, "unet", "step"),
         figures("SD 2.1-size U-Net: memory", 60, "unet", "memory"),
         figures("text tower, 1,000 classes", 120, "text_tower_gpu"),
+        Step("tests, the rest", rest, 240, {**environment, "OMP_NUM_THREADS": "2"}, optional=True),
         benchmarks("full", 200, optional=True),
     ]
     return [prepare, check, *([step] for step in measure)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton and the ops are imported, which read it once
 
 from fastsds.toyworld import models
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """Hides a GPU from what is not marked `gpu`: trainers and commands take it unasked, and tests hold CPU tensors."""
+    if item.get_closest_marker("gpu") or not torch.cuda.is_available():
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that it starts
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

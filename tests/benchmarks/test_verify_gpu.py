@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -19,6 +22,7 @@ from benchmarks.verify_gpu import Step, ended_well, missing_wheels, plan, run_st
 from fastsds.toyworld import models
 
 TINY_UNET = models.UNET_CONFIG
+SUITE = ("tests", "tests, the rest")
 
 
 def _python(code: str) -> list[str]:
@@ -103,6 +107,47 @@ def test_plan_names_files_that_exist(tmp_path: Path) -> None:
     assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     paths = [word for step in steps for word in step.command if word.startswith("tests")]
     assert paths and all((verify_gpu.ROOT / word).exists() for word in paths)
+
+
+def test_plan_runs_the_whole_suite(tmp_path: Path) -> None:
+    """What a GPU changes first and in any case, the rest once the timings that need the time are done."""
+    groups = plan(tmp_path, tmp_path, [], "a-gpu", "9.0")
+    order = {step.name: number for number, group in enumerate(groups) for step in group}
+    tests, rest = (next(step for group in groups for step in group if step.name == name) for name in SUITE)
+    assert order[tests.name] < order["benchmarks, bars"] < order[rest.name] < order["benchmarks, full"]
+    assert rest.optional and not tests.optional
+    assert [word for word in tests.command if word.startswith("tests")] == list(verify_gpu.GPU_TESTS)
+    left_out = [word for word in rest.command if word.startswith("--ignore=")]
+    assert "tests" in rest.command and left_out == [f"--ignore={path}" for path in verify_gpu.GPU_TESTS]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_gpu_is_hidden_from_tests_that_are_not_marked(
+    marked: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    conftest = request.config.pluginmanager.get_plugin(str(verify_gpu.ROOT / "tests" / "conftest.py"))
+    asked: list[str] = []
+    item = SimpleNamespace(get_closest_marker=lambda name: asked.append(name) or marked)
+    hook = conftest.pytest_runtest_protocol(item)
+    next(hook)
+    assert asked == ["gpu"]
+    assert torch.cuda.is_available() == marked
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if marked else "")
+    with pytest.raises(StopIteration):
+        next(hook)
+    assert torch.cuda.is_available() and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_every_test_that_takes_a_gpu_is_among_those_run_first() -> None:
+    tests = verify_gpu.ROOT / "tests"
+    marking = [
+        file for file in tests.rglob("*.py") if re.search(r"mark\.gpu|add_marker\(.gpu", file.read_text("utf-8"))
+    ]
+    named = [verify_gpu.ROOT / path for path in verify_gpu.GPU_TESTS]
+    assert len(marking) >= len(named)
+    assert all(any(file.is_relative_to(path) for path in named) for file in marking if file != Path(__file__))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -173,6 +173,7 @@ def test_weights_given_as_a_tensor() -> None:
     assert torch.equal(schedule.weights(weights), weights.float())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_to_moves_every_table() -> None:
     schedule = NoiseSchedule.from_scheduler(_discrete("DDPMScheduler", prediction_type="v_prediction"))

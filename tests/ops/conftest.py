@@ -23,6 +23,10 @@ TOOLS = {
 }
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker("gpu")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op = metafunc.module.__name__.rpartition("test_")[2]
     backends = _dispatch._registry.get(op, {})
