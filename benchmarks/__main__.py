@@ -1,5 +1,6 @@
 """`python -m benchmarks`: runs the suites, prints one table, and writes a JSON file and a plot.
 
+What is no whole run is written only where `--out` says, so that it does not take the place of the whole one's record.
 The exit status says whether every suite's correctness gate held, not whether every bar is met; the table says that.
 """
 
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_const", const="bars", dest="extent", help="the bars alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON file and the plot")
+    parser.add_argument("--out", type=Path, help="folder of the JSON file and the plot; a whole run has one of its own")
     parser.add_argument("--only", default="", help="part of a suite's name, as pytest's -k takes it")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -39,8 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         records = report.collect(figures)
     where = report.machine(options.device, options.threads)
     print(f"\n{report.machine_line(where)}\n\n{report.tables(records)}")
-    document, picture = report.write(records, where, options.out)
-    print(f"written: {document}, {picture}")
+    out = options.out or (report.RESULTS if options.extent == "full" and not options.only else None)
+    if out is None:
+        print("not written: --out FOLDER keeps what is no whole run")
+    else:
+        document, picture = report.write(records, where, out)
+        print(f"written: {document}, {picture}")
     return int(status)
 
 

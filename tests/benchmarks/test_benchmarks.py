@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as program
 from benchmarks import report
 
 ROOT = Path(__file__).parents[2]
+JSON = "--benchmark-json="
 
 
 @pytest.mark.slow
@@ -37,6 +39,24 @@ def test_smallest_run_writes_its_results(tmp_path: Path) -> None:
         assert all(0 < each["min_s"] <= each["median_s"] for each in timing["contenders"].values())
         assert timing["suite"] in process.stdout
     assert [each["draws"] for each in results["variances"]] == [1, 4]
+
+
+@pytest.mark.parametrize("words", [[], ["--quick"], ["--extent", "tiny"], ["--only", "sds_loss"]])
+def test_a_part_does_not_replace_the_record_of_the_whole(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(arguments: list[str]) -> int:
+        (figures,) = (word.removeprefix(JSON) for word in arguments if word.startswith(JSON))
+        Path(figures).write_text(json.dumps({"benchmarks": []}), encoding="utf-8")
+        return 0
+
+    monkeypatch.setattr(pytest, "main", measure)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    assert program.main([*words, "--device", "cpu"]) == 0
+    assert (tmp_path / "results").exists() == (not words)
+    assert ("not written: --out FOLDER" in capsys.readouterr().out) == bool(words)
+    assert program.main([*words, "--device", "cpu", "--out", str(tmp_path / "named")]) == 0
+    assert len(list((tmp_path / "named").glob("*.json"))) == 1
 
 
 def test_bars_are_judged_by_their_figures() -> None:
