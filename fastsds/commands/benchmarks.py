@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from fastsds.evaluation.aro import read_order, read_vg_attribution, read_vg_relation
+from fastsds.evaluation.classification import (
+    ClassifiedImages,
+    read_class_folders,
+    read_classnames,
+    read_torchvision,
+)
 from fastsds.evaluation.examples import CaptionChoice, TwoByTwo
 from fastsds.evaluation.sugarcrepe import SPLITS, read_sugarcrepe
 from fastsds.evaluation.winoground import read_winoground
@@ -40,3 +46,18 @@ def read_examples(
     if benchmark == "vg-relation":
         return read_vg_relation(path, folder)
     return read_vg_attribution(path, folder) if benchmark == "vg-attribution" else read_order(path, folder)
+
+
+def read_classified(data: Path, torchvision: str | None, classnames: Path | str | None) -> ClassifiedImages:
+    """The images of a classification.
+
+    Args:
+        data: a folder of classes' folders, or that of torchvision's data sets.
+        torchvision: one of these by its name, or None.
+        classnames: `imagenet` or a file; None for the data's own.
+
+    Raises:
+        DataError: what cannot be read or is not of the format, by name.
+    """
+    names = None if classnames is None else read_classnames(classnames)
+    return read_class_folders(data, names) if torchvision is None else read_torchvision(torchvision, data, names)

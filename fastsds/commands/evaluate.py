@@ -10,16 +10,11 @@ import torch
 
 import fastsds
 from fastsds.clip.source import ClipSource, LoadedCLIP
-from fastsds.commands.benchmarks import AroTask, SugarCrepeSplit, read_examples
+from fastsds.commands.benchmarks import AroTask, SugarCrepeSplit, read_classified, read_examples
 from fastsds.commands.configs import default_workers
 from fastsds.commands.results import check_places, save_results
 from fastsds.evaluation.aro import with_published_macro
-from fastsds.evaluation.classification import (
-    read_class_folders,
-    read_classnames,
-    read_templates,
-    read_torchvision,
-)
+from fastsds.evaluation.classification import read_templates
 from fastsds.evaluation.judge import ClipJudge, caption_choice_outcomes, two_by_two_outcomes
 from fastsds.evaluation.outcomes import Outcomes
 from fastsds.evaluation.retrieval import read_captioned_images, retrieval_outcomes
@@ -159,6 +154,8 @@ class RetrievalEvaluation(Evaluation):
     """Of Karpathy's own file."""
     captions: int | None = 5
     """The first so many of every image; None for all."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Of R@k; 1 alone to compare with the diffusion score."""
 
 
 def run_winoground(config: WinogroundEvaluation) -> None:
@@ -181,12 +178,8 @@ def run_sugarcrepe(config: SugarCrepeEvaluation) -> None:
 
 
 def run_zeroshot(config: ZeroShotEvaluation) -> None:
-    names = None if config.classnames is None else read_classnames(config.classnames)
     templates = read_templates(config.templates)
-    if config.torchvision is None:
-        data = read_class_folders(config.data, names)
-    else:
-        data = read_torchvision(config.torchvision, config.data, names)
+    data = read_classified(config.data, config.torchvision, config.classnames)
     outcomes = zero_shot_outcomes(config.judge(), data, templates)
     config.report(outcomes, "zeroshot", data=config.torchvision or config.data, templates=config.templates)
 
@@ -194,7 +187,7 @@ def run_zeroshot(config: ZeroShotEvaluation) -> None:
 def run_retrieval(config: RetrievalEvaluation) -> None:
     images = config.data.parent if config.images is None else config.images
     data = read_captioned_images(config.data, images, config.split, config.captions)
-    config.report(retrieval_outcomes(config.judge(), data), "retrieval", data=config.data)
+    config.report(retrieval_outcomes(config.judge(), data, ks=config.ks), "retrieval", data=config.data)
 
 
 def pick_device(name: str) -> str:

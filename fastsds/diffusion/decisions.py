@@ -46,6 +46,11 @@ class Question:
         return cls(latents, tuple(captions), (tuple((0, caption) for caption in range(len(captions))),))
 
     @classmethod
+    def of_images(cls, latents: Float[Tensor, "images channels height width"], caption: str) -> Question:
+        """Which of the images belongs to the caption: one decision."""
+        return cls(latents, (caption,), (tuple((image, 0) for image in range(len(latents))),))
+
+    @classmethod
     def two_by_two(cls, latents: Float[Tensor, "2 channels height width"], captions: Sequence[str]) -> Question:
         """Winoground's four decisions: the caption of image 0, that of image 1, the image of caption 0, that of 1."""
         return cls(latents, tuple(captions), (((0, 0), (0, 1)), ((1, 0), (1, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 1))))

@@ -15,7 +15,13 @@ from fastsds.evaluation.classification import (
     read_torchvision,
 )
 from fastsds.evaluation.compare import Comparison, FigureComparison, compare
-from fastsds.evaluation.diffusion_score import DecisionCost, DiffusionOutcomes, diffusion_outcomes
+from fastsds.evaluation.diffusion_score import (
+    DecisionCost,
+    DiffusionOutcomes,
+    diffusion_outcomes,
+    diffusion_retrieval_outcomes,
+    diffusion_zero_shot_outcomes,
+)
 from fastsds.evaluation.examples import CaptionChoice, TwoByTwo
 from fastsds.evaluation.judge import ClipJudge, Judge, caption_choice_outcomes, two_by_two_outcomes
 from fastsds.evaluation.outcomes import Figure, Outcomes, read_outcomes
@@ -56,6 +62,8 @@ __all__ = [
     "compare",
     "comparison_table",
     "diffusion_outcomes",
+    "diffusion_retrieval_outcomes",
+    "diffusion_zero_shot_outcomes",
     "encode_captions",
     "encode_images",
     "exact_mcnemar",

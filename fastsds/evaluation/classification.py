@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fastsds.data.files import DataError, first_names, read_json
-from fastsds.data.images import ImageSource, image_files
+from fastsds.data.images import ImageSource, image_files, open_image
 from fastsds.evaluation.records import read_lines
 
 TORCHVISION: dict[str, dict[str, Any]] = {
@@ -39,6 +41,18 @@ class ClassifiedImages:
                 f"images: expected at least one, of at least two named classes, got {len(self.keys)} of "
                 f"{len(self.classnames)}: {first_names(self.classnames)}"
             )
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """An image in RGB, and its label.
+
+        Raises:
+            DataError: it does not exist or cannot be decoded.
+        """
+        try:
+            image, label = self.images[index]
+        except OSError as error:  # torchvision opens images itself
+            raise DataError(f"image: number {index} cannot be read ({error}); replace it") from error
+        return open_image(image), int(label)
 
 
 def read_class_folders(root: Path, classnames: Sequence[str] | None = None) -> ClassifiedImages:

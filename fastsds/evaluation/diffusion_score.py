@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,8 +16,11 @@ from fastsds.diffusion.cache import content_key
 from fastsds.diffusion.decisions import Answer, Question
 from fastsds.diffusion.score import DiffusionScorer
 from fastsds.diffusion.teacher import DiffusionTeacher
-from fastsds.evaluation.examples import CaptionChoice, TwoByTwo, check_examples
-from fastsds.evaluation.outcomes import Outcomes, choice_outcomes, pairing_outcomes
+from fastsds.evaluation.classification import ClassifiedImages
+from fastsds.evaluation.examples import CaptionChoice, Pictures, TwoByTwo, check_examples
+from fastsds.evaluation.outcomes import Figure, Outcomes, choice_outcomes, pairing_outcomes
+from fastsds.evaluation.retrieval import CaptionedImages, rank_outcomes
+from fastsds.evaluation.zeroshot import check_templates
 
 Fit = Literal["whole", "centre"]
 
@@ -63,7 +66,7 @@ class DiffusionOutcomes(NamedTuple):
     outcomes: Outcomes
     cost: DecisionCost
     answers: list[Answer]
-    """For each example, so that `share_kept` can set them against those of the full grid."""
+    """For each question, so that `share_kept` can set them against those of the full grid."""
 
 
 def diffusion_outcomes(
@@ -99,10 +102,108 @@ def diffusion_outcomes(
     return DiffusionOutcomes(_outcomes(benchmark, examples, answers), DecisionCost.of(answers), answers)
 
 
+def diffusion_zero_shot_outcomes(
+    scorer: DiffusionScorer,
+    data: ClassifiedImages,
+    template: str = "a photo of a {}.",
+    benchmark: str = "zeroshot",
+    *,
+    draws: int = 256,
+    first_draws: int = 8,
+    confidence: float = 0.99,
+    fit: Fit = "whole",
+) -> DiffusionOutcomes:
+    """`accuracy`: the class whose caption has the lowest diffusion score (Diffusion Classifier); macro is over classes.
+
+    A tie is wrong. Classes of one name are one class, as in `zero_shot_outcomes`, with whose outcomes these compare.
+
+    Args:
+        template: one, with `{}` for the class name: distances of captions have no mean over prompts, as embeddings do.
+        draws, first_draws, confidence, fit: see `diffusion_outcomes`.
+
+    Raises:
+        ValueError: a template without `{}`, a label that is no position in the class names, or what `decide` refuses.
+        DataError: an image that cannot be read.
+    """
+    check_templates([template])
+    names = list(dict.fromkeys(data.classnames))
+    captions = [template.replace("{}", name) for name in names]
+    own: list[str] = []
+
+    def questions() -> Iterator[Question]:
+        for index in _progress(range(len(data.keys))):
+            image, label = data.load(index)
+            if not 0 <= label < len(data.classnames):
+                raise ValueError(f"images: expected labels below {len(data.classnames)}, got {label}")
+            own.append(data.classnames[label])
+            yield Question.of_captions(_latents(scorer.teacher, image, fit), captions)
+
+    answers = scorer.decide(questions(), draws=draws, first_draws=first_draws, confidence=confidence)
+    chosen = [None if place is None else names[place] for answer in answers for place in answer.choices]
+    hits = tuple(float(name == right) for name, right in zip(chosen, own, strict=True))
+    outcomes = Outcomes(benchmark, {"accuracy": Figure(hits, data.keys, tuple(own), 1 / len(names))})
+    return DiffusionOutcomes(outcomes, DecisionCost.of(answers), answers)
+
+
+def diffusion_retrieval_outcomes(
+    scorer: DiffusionScorer,
+    data: CaptionedImages,
+    benchmark: str = "retrieval",
+    *,
+    draws: int = 256,
+    first_draws: int = 8,
+    confidence: float = 0.99,
+    fit: Fit = "whole",
+) -> DiffusionOutcomes:
+    """`text-to-image R@1` and `image-to-text R@1` by the lowest diffusion score, by the rule of `retrieval_outcomes`.
+
+    R@5 and R@10 need whole rankings, which candidates that are dropped have no place in. Every image is set against
+    every caption, twice over, since the two ways share their noise differently.
+
+    An image asks for each of its captions whether it has a lower distance than all wrong ones: a decision each. Equal
+    captions are evaluated once; one that another image has too is a wrong one, which it always ties with.
+
+    Args:
+        draws, first_draws, confidence, fit: see `diffusion_outcomes`.
+
+    Raises:
+        ValueError: fewer than two images, or what `decide` refuses.
+        DataError: an image that cannot be read.
+    """
+    if len(data.images) < 2:
+        raise ValueError(f"images: expected at least two to choose from, got {len(data.images)}")
+    owners: dict[str, set[int]] = {}
+    for row, texts in enumerate(data.captions):
+        for text in texts:
+            owners.setdefault(text, set()).add(row)
+    latents = torch.cat([_latents(scorer.teacher, image, fit) for image in _progress(Pictures(data.images), "images")])
+    asking = [row for row, texts in enumerate(data.captions) if any(owners[text] == {row} for text in texts)]
+
+    def question(asker: int | str) -> Question:
+        if isinstance(asker, str):
+            return Question.of_images(latents, asker)
+        wrong = tuple((0, at) for at, of in enumerate(owners.values()) if of != {asker})
+        own = [at for at, of in enumerate(owners.values()) if of == {asker}]
+        return Question(latents[asker : asker + 1], tuple(owners), tuple(((0, at), *wrong) for at in own))
+
+    questions = map(question, _progress([*asking, *owners], "questions"))
+    answers = scorer.decide(questions, draws=draws, first_draws=first_draws, confidence=confidence)
+    found = {row for row, answer in zip(asking, answers[: len(asking)], strict=True) if 0 in answer.choices}
+    nearest = {text: answer.choices[0] for text, answer in zip(owners, answers[len(asking) :], strict=True)}
+    of_captions = [int(nearest[text] != row) for row, texts in enumerate(data.captions) for text in texts]
+    of_images = [int(row not in found) for row in range(len(data.images))]
+    outcomes = rank_outcomes(benchmark, data, torch.tensor(of_captions), torch.tensor(of_images), [1])
+    return DiffusionOutcomes(outcomes, DecisionCost.of(answers), answers)
+
+
+def _progress(items: Iterable[Any], name: str = "examples") -> Iterable[Any]:
+    return tqdm(items, desc=name, disable=None, leave=False)
+
+
 def _questions(
     teacher: DiffusionTeacher, examples: Sequence[CaptionChoice] | Sequence[TwoByTwo], fit: Fit
 ) -> Iterator[Question]:
-    for example in tqdm(examples, desc="examples", disable=None, leave=False):
+    for example in _progress(examples):
         if isinstance(example, TwoByTwo):
             latents = torch.cat([_latents(teacher, image, fit) for image in example.load()])
             yield Question.two_by_two(latents, example.captions)

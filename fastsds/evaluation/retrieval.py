@@ -80,15 +80,28 @@ def retrieval_outcomes(
     are wrong. An image's own is the most similar of its captions.
 
     Raises:
-        ValueError: embeddings that are not finite.
+        ValueError: embeddings that are not finite, or a k below 1.
         DataError: an image that cannot be read.
     """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks: expected at least one, each at least 1, got {tuple(ks)}")
     images, texts = judge.encode_images(Pictures(data.images)), [text for row in data.captions for text in row]
     owner = torch.tensor([row for row, texts in enumerate(data.captions) for _ in texts], device=images.device)
     captions = judge.encode_captions(texts)
     if not bool(images.isfinite().all() & captions.isfinite().all()):
         raise ValueError("embeddings: expected finite values")
-    of_captions, of_images = retrieval_ranks(lambda rows: similarity(images[rows], captions), owner, len(images))
+    ranks = retrieval_ranks(lambda rows: similarity(images[rows], captions), owner, len(images))
+    return rank_outcomes(benchmark, data, *ranks, ks)
+
+
+def rank_outcomes(
+    benchmark: str,
+    data: CaptionedImages,
+    of_captions: Int[Tensor, "captions"],
+    of_images: Int[Tensor, "images"],
+    ks: Sequence[int],
+) -> Outcomes:
+    """The figures of `retrieval_outcomes`, of how many wrong candidates every caption and every image has first."""
     image_keys = tuple(f"{row} {Path(image_name(image)).name}" for row, image in enumerate(data.images))
     caption_keys = tuple(
         f"{key} caption {at}" for key, texts in zip(image_keys, data.captions, strict=True) for at in range(len(texts))
@@ -96,8 +109,8 @@ def retrieval_outcomes(
     figures = {}
     of_one_image = tuple(key for key, row in zip(image_keys, data.captions, strict=True) for _ in row)
     for name, ranks, keys, units, right, candidates in (
-        ("text-to-image", of_captions, caption_keys, of_one_image, [1], len(images)),
-        ("image-to-text", of_images, image_keys, None, [len(row) for row in data.captions], len(texts)),
+        ("text-to-image", of_captions, caption_keys, of_one_image, [1], len(data.images)),
+        ("image-to-text", of_images, image_keys, None, [len(row) for row in data.captions], len(caption_keys)),
     ):
         for k in ks:
             chance = statistics.fmean(_chance(k, own, candidates) for own in right)

@@ -11,8 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastsds.data.files import DataError
-from fastsds.data.images import ImageSource, open_image
 from fastsds.evaluation.classification import ClassifiedImages
 from fastsds.evaluation.judge import ClipJudge, Preprocess
 from fastsds.evaluation.outcomes import Figure, Outcomes
@@ -58,7 +56,7 @@ def zero_shot_outcomes(
             not finite.
         DataError: an image that cannot be read.
     """
-    features, labels = judge.encode_dataset(_Labelled(data.images, judge.preprocess))
+    features, labels = judge.encode_dataset(_Labelled(data, judge.preprocess))
     assert labels is not None
     if not bool(((labels >= 0) & (labels < len(data.classnames))).all()):
         raise ValueError(
@@ -101,16 +99,13 @@ def _by_name(classnames: Sequence[str], labels: Int[Tensor, "images"]) -> tuple[
 
 
 class _Labelled(Dataset[dict[str, Any]]):
-    def __init__(self, images: Sequence[tuple[ImageSource, int]], preprocess: Preprocess) -> None:
-        self.images = images
+    def __init__(self, data: ClassifiedImages, preprocess: Preprocess) -> None:
+        self.data = data
         self.preprocess = preprocess
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.data.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            image, label = self.images[index]
-        except OSError as error:  # torchvision opens images itself
-            raise DataError(f"image: number {index} cannot be read ({error}); replace it") from error
-        return {"images": self.preprocess(open_image(image)), "labels": int(label)}
+        image, label = self.data.load(index)
+        return {"images": self.preprocess(image), "labels": label}

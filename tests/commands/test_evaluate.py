@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,69 @@ def test_the_diffusion_score_beside_clip(world: Path, tmp_path: Path, capsys: py
     figures = results(tmp_path / "teacher")
     assert figures["figures"]["group"]["by_group"]["Relation"] == 1.0  # the toy CLIP is at chance there
     assert figures["comparison"]["group"]["difference"] > 0
+
+
+@pytest.fixture
+def few(world: Path, tmp_path: Path) -> Path:
+    """Two of the toy world's classes, as files of EuroSAT and as COCO's captions of two classes' names."""
+    rows, notes = [], []
+    for number, name in enumerate(("circle", "square")):
+        folder = tmp_path / "eurosat/2750" / name
+        shutil.copytree(world / "fewshot/train" / name, folder)
+        for path in sorted(folder.iterdir())[2:]:
+            path.unlink()
+        (path, *_) = sorted(folder.iterdir())
+        rows.append({"id": number, "file_name": path.relative_to(tmp_path).as_posix()})
+        notes += [{"id": at, "image_id": number, "caption": f"{text} {name}"} for at, text in enumerate(("a", "the"))]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": rows, "annotations": notes}), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("judged", "data", "clip", "pairs"),
+    [
+        ("zeroshot", ("--data", "eurosat/2750"), (), 4 * 2),
+        ("zeroshot", ("--data", "", "--torchvision", "EuroSAT"), (), 4 * 2),
+        ("retrieval", ("--data", "captions.json"), ("--ks", "1"), 2 * 2 * 4),
+    ],
+)
+def test_the_diffusion_score_of_a_whole_set(
+    few: Path, judged: str, data: tuple[str, ...], clip: tuple[str, ...], pairs: int, capsys: Any
+) -> None:
+    """Its figures have the samples of CLIP's, and the cost is said first."""
+    where = ("--data", few / data[1], *data[2:])
+    evaluate(judged, *where, *clip, *MODEL, "--out", few / "clip")
+    capsys.readouterr()
+    evaluate(
+        "diffusion-score", "--benchmark", judged, *where, "--teacher.source", "toyworld", "--draws", "16",
+        "--compare", few / "clip", "--out", few / "teacher",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    said = f"at least {8 * pairs} U-Net evaluations, {16 * pairs} in the full grid"
+    assert printed.startswith(f"{pairs} pairs of an image and a caption: {said}\n")
+    found, cost = results(few / "teacher"), json.loads((few / "teacher/cost.json").read_text(encoding="utf-8"))
+    assert found["figures"].keys() == found["comparison"].keys() == results(few / "clip")["figures"].keys()
+    assert found["description"]["data"] == (data[3] if data[2:] else str(few / data[1]))
+    assert found["description"].get("templates") == ("photo" if judged == "zeroshot" else None)
+    assert 8 * pairs <= cost["evaluations"] <= cost["full_grid"] == 16 * pairs
+    for name, figure in found["figures"].items():
+        assert f"| {name} | {100 * figure['micro']:.1f} |" in printed
+        assert f"| {name} | {100 * figure['micro']:.1f} |" in (few / "teacher/results.md").read_text(encoding="utf-8")
+
+
+def test_the_diffusion_score_takes_one_template(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The teacher, which does not exist, is not looked for."""
+    words = ["evaluate", "diffusion-score", "--benchmark", "zeroshot", "--data", str(few / "eurosat/2750")]
+    assert cli.main([*words, "--teacher.source", "none", "--templates", "simple"]) == 1
+    said = "templates: expected one, as the diffusion score has no mean over prompts, got 7 of simple; give photo, or a"
+    assert capsys.readouterr().err == f"fastsds: {said} file of one line\n"
+
+
+def test_class_options_of_other_benchmarks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "diffusion-score", "--benchmark", "winoground", "--data", "x", "--teacher.source", "toyworld"]
+    assert cli.main([*words, "--torchvision", "CIFAR10"]) == 2
+    said = "torchvision: expected with benchmark=zeroshot alone, got benchmark=winoground"
+    assert capsys.readouterr().err == f"fastsds: {said}; see fastsds evaluate diffusion-score --help\n"
 
 
 def test_a_model_is_asked_for(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,13 @@ def test_a_pair_is_evaluated_while_some_decision_needs_it() -> None:
     assert answer.full_grid == 4 * DRAWS
 
 
+def test_images_of_a_caption_are_one_decision() -> None:
+    losses = torch.randn(DRAWS).double() + torch.tensor([[1.0], [0.0], [2.0]]).double().unsqueeze(2)
+    answer = _play(Question.of_images(torch.zeros(3, 4, 2, 2), "a"), losses, _timesteps(), confidence=0.99)
+    assert answer.choices == (1,)
+    assert answer.evaluations.tolist() == [[8], [8], [8]]
+
+
 def test_equal_pairs_are_a_tie() -> None:
     losses = torch.rand(1, 1, DRAWS).double().repeat(1, 3, 1)
     losses[:, 2] += 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ def test_embeddings_that_are_not_finite_are_no_wrong_answers(colour_judge: Any) 
     data = CaptionedImages((_image(255, 0, 0), _image(0, 255, 0)), (("a red one",), ("broken",)))
     with pytest.raises(ValueError, match="embeddings: expected finite values"):
         retrieval_outcomes(colour_judge({"broken": [float("nan"), 0.0, 0.0]}), data)
+
+
+@pytest.mark.parametrize("ks", [(), (1, 0)])
+def test_refused_ks(colour_judge: Any, ks: tuple[int, ...]) -> None:
+    data = CaptionedImages((_image(255, 0, 0),), (("a red one",),))
+    with pytest.raises(ValueError, match=re.escape(f"ks: expected at least one, each at least 1, got {ks}")):
+        retrieval_outcomes(colour_judge(), data, ks=ks)
 
 
 def test_karpathys_test_file_keeps_five_captions(tmp_path: Path, paint: Any) -> None:
