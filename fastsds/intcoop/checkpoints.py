@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Callable, Mapping
@@ -32,14 +33,17 @@ def export_coop(file: Path, model: CoOp | CoCoOp, *, epoch: int = 0) -> None:
 
     Raises:
         FileExistsError: the file exists.
+        OSError: it cannot be written.
         TypeError: another method than CoOp and CoCoOp.
     """
     tensors: dict[str, Tensor] = dict(_coop_parameters(model))
     classes = model.encoder.embed_classes(model.context.shape[-2])
     tensors |= {"token_prefix": classes[:, :1], "token_suffix": classes[:, 1:]}
     state = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    document = io.BytesIO()  # of a disk that is full, torch.save says no more than a position
+    torch.save({"state_dict": state, "epoch": epoch}, document)
     with whole_path(file) as staging:
-        torch.save({"state_dict": state, "epoch": epoch}, staging)
+        staging.write_bytes(document.getbuffer())
 
 
 @torch.no_grad()

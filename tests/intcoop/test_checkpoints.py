@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastsds.clip import ClipSourceError, ModelMismatchError
+from fastsds.commands.configs import writing
 from fastsds.intcoop import CoCoOp, CoOp, IntCoOp, ZeroShot, export_coop, load_coop, load_prompts, save_prompts
 
 CLASSNAMES = ("circle", "large square", "ring")
@@ -121,6 +123,24 @@ def test_export_is_what_coops_code_holds(method: str, clip: Any, clip_tokenizer:
         assert torch.equal(again.trained_parameters()[name], parameter)
     with pytest.raises(FileExistsError, match=r"out: .*model.pth.tar-50 exists; name another place"):
         export_coop(file, model)
+
+
+@pytest.mark.parametrize("write", [export_coop, save_prompts])
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(
+    write: Any, clip: Any, clip_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = CoOp(clip, CLASSNAMES, tokenizer=clip_tokenizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match=r"out: could not write .*prompts: .*[Tt]oo large"),
+            writing(tmp_path / "prompts"),
+        ):
+            write(tmp_path / "prompts", model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_and_other_classes_of_a_unified_context(clip: Any, clip_tokenizer: Any, tmp_path: Path) -> None:
