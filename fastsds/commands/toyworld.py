@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from fastsds.commands.configs import FILE_NAME, save_config, writing
+from fastsds.commands.configs import FILE_NAME, config_text, writing
 from fastsds.toyworld.files import ToyWorldConfig, write_toyworld
 
 __all__ = ["ToyWorldConfig", "run_toyworld"]
@@ -12,8 +12,7 @@ __all__ = ["ToyWorldConfig", "run_toyworld"]
 
 def run_toyworld(config: ToyWorldConfig) -> None:
     with writing(config.out):
-        write_toyworld(config)
-        save_config(config.out / FILE_NAME, config, "toyworld")
+        write_toyworld(config, {FILE_NAME: config_text(config, "toyworld")})
     coco = config.out / "coco"
     captions, images = (shlex.quote(str(coco / name)) for name in ("annotations/captions_train.json", "train"))
     print(

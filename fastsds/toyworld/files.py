@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
+from fastsds.clip.export import whole_path
 from fastsds.data.fewshot import LabelledImage
 from fastsds.toyworld.fewshot import few_shot_task
 from fastsds.toyworld.scenes import SHAPES
@@ -45,17 +46,23 @@ class ToyWorldConfig:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
 
-def write_toyworld(config: ToyWorldConfig) -> None:
-    """Writes everything below `config.out`.
+def write_toyworld(config: ToyWorldConfig, files: Mapping[str, str] | None = None) -> None:
+    """Writes everything below `config.out`, which appears whole or not at all.
+
+    Args:
+        files: more files of the folder, by their names.
 
     Raises:
         FileExistsError: the folder exists.
     """
     if config.out.exists():
         raise FileExistsError(f"out: {config.out} exists; name another folder")
-    write_captions(config.out / "coco", config.captions, config.seed)
-    write_winoground(config.out / "winoground", config.pairs)
-    write_few_shot(config.out / "fewshot", config.train_per_class, config.test_per_class)
+    with whole_path(config.out) as staging:
+        write_captions(staging / "coco", config.captions, config.seed)
+        write_winoground(staging / "winoground", config.pairs)
+        write_few_shot(staging / "fewshot", config.train_per_class, config.test_per_class)
+        for name, text in (files or {}).items():
+            (staging / name).write_text(text, encoding="utf-8")
 
 
 def write_captions(folder: Path, count: int, seed: int = 0) -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_tensor
 
+from fastsds import cli
 from fastsds.data.attributes import read_attributes
 from fastsds.data.captions import open_image
 from fastsds.data.fewshot import FewShotSplit
 from fastsds.data.source import CaptionSource
 from fastsds.evaluation.winoground import read_winoground
+from fastsds.toyworld import files
 from fastsds.toyworld.files import ToyWorldConfig, write_toyworld
 from fastsds.toyworld.scenes import SHAPES
 from fastsds.toyworld.tasks import composition_pairs, training_scenes
@@ -56,6 +58,21 @@ def test_few_shots_are_folders_and_a_split_of_the_same_images(folder: Path) -> N
         assert len(found) == count * len(SHAPES)
     attributes = read_attributes(root / "attributes.jsonl")
     assert {item.key for item in by_folder.with_attributes(attributes).train} == attributes.keys()
+
+
+def test_what_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["toyworld", "--out", str(tmp_path / "world"), "--captions", "2", "--pairs", "2"]
+    words += ["--train-per-class", "1", "--test-per-class", "1"]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_few_shot", interrupt)
+        assert cli.main(words) == 130
+    assert not list(tmp_path.iterdir())
+    assert cli.main(words) == 0
+    assert {path.name for path in (tmp_path / "world").iterdir()} == {"coco", "winoground", "fewshot", "config.yaml"}
 
 
 def test_an_existing_folder_is_refused(folder: Path) -> None:
