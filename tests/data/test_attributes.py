@@ -203,7 +203,9 @@ def test_the_command_labels_the_training_images(
         for index, picture in enumerate(_pictures(count)):
             picture.save(folder / f"{index}.png")
     out = tmp_path / "attributes.jsonl"
-    config = AttributesConfig(tmp_path / "images", out=out, model=str(blip2), question="a {classname}", batch_size=2)
+    config = AttributesConfig(
+        tmp_path / "images", out=out, model=str(blip2), question="a {classname}", batch_size=2, device="cpu"
+    )
     run_attributes(config)
     attributes = read_attributes(out)
     assert set(attributes) <= {f"train/ring/{index}.png" for index in range(3)}
