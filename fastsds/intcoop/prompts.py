@@ -23,7 +23,9 @@ class PromptLosses(NamedTuple):
     """Scalars of one step; `loss` is what to differentiate, the others are unweighted parts of it."""
 
     loss: Float[Tensor, ""]
+    """The weighted sum of the others."""
     classification: Float[Tensor, ""]
+    """Cross-entropy over the classes."""
     attribute: Float[Tensor, ""]
     """0 for methods without attributes."""
     regulariser: Float[Tensor, ""]

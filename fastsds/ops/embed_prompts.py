@@ -13,9 +13,10 @@ from fastsds.ops import _checks, _dispatch, _triton
 
 
 class EmbeddedPrompts(NamedTuple):
-    """Both in the dtype that was asked for."""
+    """Both `[images, *tokens, width]`, in the dtype that was asked for."""
 
     embeddings: Float[Tensor, "images *tokens width"]
+    """Of the tokens and what stands in their place, with the positions' added."""
     normed: Float[Tensor, "images *tokens width"] | None
     """After the LayerNorm; None without one."""
 

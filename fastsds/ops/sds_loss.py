@@ -75,9 +75,13 @@ class LossAndGradients(NamedTuple):
     """The loss of each draw and its gradients under a given upstream gradient; None where not asked for."""
 
     loss: Float[Tensor, "batch draws"]
+    """`[batch, draws]`, as `sds_loss` gives it."""
     prediction: Float[Tensor, "batch draws *latent"] | None
+    """Gradient in the prediction, `[batch, draws, *latent]`."""
     latents: Float[Tensor, "batch *latent"] | None
+    """Gradient in the latents, `[batch, *latent]`."""
     prediction_uncond: Float[Tensor, "batch draws *latent"] | None
+    """Gradient in the unconditional prediction, `[batch, draws, *latent]`."""
 
 
 def sds_loss_and_gradients(

@@ -32,7 +32,9 @@ class DistillOutput(NamedTuple):
     """Scalars of one step; `loss` is what to differentiate, the others are unweighted parts of it."""
 
     loss: Float[Tensor, ""]
+    """`contrastive + sds_weight sds + ranking_weight ranking`."""
     contrastive: Float[Tensor, ""]
+    """CLIP's own, over the images and captions of the batch."""
     sds: Float[Tensor, ""]
     """0 where `sds_weight` is 0."""
     ranking: Float[Tensor, ""]
