@@ -42,7 +42,8 @@ class DiffusionScoreEvaluation:
       fastsds evaluate diffusion-score --benchmark winoground --data winoground --teacher.dtype bfloat16 \\
         --teacher.source stable-diffusion-v1-5/stable-diffusion-v1-5 --out results/diffusion
       fastsds evaluate diffusion-score --benchmark winoground --data toyworld-data/winoground --teacher.source toyworld
-      fastsds evaluate diffusion-score --benchmark zeroshot --data toyworld-data/fewshot/test --teacher.source toyworld
+      fastsds evaluate diffusion-score --benchmark zeroshot --data imagenet/part --classnames imagenet \\
+        --teacher.source stable-diffusion-v1-5/stable-diffusion-v1-5 --teacher.dtype bfloat16 --fit centre
       fastsds evaluate diffusion-score --benchmark retrieval --data coco_part.json --images coco \\
         --teacher.source stable-diffusion-v1-5/stable-diffusion-v1-5 --teacher.dtype bfloat16
     """
