@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from fastsds.commands.configs import FILE_NAME, is_main_process, save_config, write_whole, writing
 from fastsds.training.checkpoint import latest_checkpoint
 from fastsds.training.interrupt import TrainingInterrupted
-from fastsds.training.processes import on_main_process
+from fastsds.training.processes import leave_launch, on_main_process
 from fastsds.training.trainer import Trainer
 
 BAD_IMAGES = "bad_images.jsonl"
@@ -47,6 +47,7 @@ def run_folder(accelerator: Accelerator, out: Path, *, resume: bool) -> Iterator
         on_main_process(accelerator, enter)
         try:
             yield
+            leave_launch()
         finally:
             with suppress(OSError):
                 out.rmdir()  # where nothing came of the run

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
@@ -97,6 +98,12 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Result]) -> R
     if failure is not None:
         raise failure
     return result  # type: ignore[no-any-return]
+
+
+def leave_launch() -> None:
+    """Ends this process's part in a launch that went well: left to Python's exit, gloo's threads may abort it there."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class ProcessShare(Sampler[list[int]]):

@@ -27,6 +27,7 @@ from fastsds.sdsclip.ranking import swap_phrases
 from fastsds.toyworld.fewshot import few_shot_task
 from fastsds.toyworld.scenes import SHAPES, random_pair, random_single, render
 from fastsds.training import DistillConfig, DistillTrainer, IntCoOpConfig, IntCoOpTrainer, Trainer, TrainingInterrupted
+from fastsds.training.processes import leave_launch
 
 LR = 1e-3
 QUIET: dict[str, Any] = {"lr": LR, "log_every": 2, "tensorboard": False, "progress": False}
@@ -115,3 +116,4 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     outcome = main(out, sys.argv[2:])
     (out / f"outcome-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(outcome), encoding="utf-8")
+    leave_launch()
